@@ -1,0 +1,36 @@
+//! pgtandem moves a live PostgreSQL database to another server with near-zero downtime: it copies the
+//! database once, follows the source by logical replication, and switches over in a fraction of a second.
+//!
+//! # Where things are
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`cli`] | one file per command; the only place that prints to stdout |
+//! | [`config`] | file + environment + flags → one validated `Config`; nothing else reads them |
+//! | [`postgres`] | one server: connecting, TLS, the wire, pgoutput, catalog, identifiers, LSN |
+//! | [`preflight`] | each check: what it asks, why it matters, what to do about it |
+//! | [`schema`] | pg_dump / pg_restore, sections, what is held back until the cutover |
+//! | [`copy`] | planning, workers, indexes, resuming |
+//! | [`follow`] | stream → transaction → batch → apply |
+//! | [`verify`] | comparing both sides at a cut |
+//! | [`cutover`] | the steps, the fence, the journal |
+//! | [`state`] | the `pgtandem` schema in the target: the only durable memory |
+//! | [`telemetry`] | metrics, status, HTTP, logs, progress bars |
+//! | [`supervisor`] | phases, tasks, restarts |
+//!
+//! # The way of the data
+//!
+//! ```text
+//! source ──COPY──────────► copy ───────────────► target
+//!    │                       ▲ same cut            ▲
+//!    └─START_REPLICATION─► stream ─► decode ─► transaction ─► batch ─► apply (+ progress, one commit)
+//!                            ▲                                            │
+//!                            └──────────── confirmed LSN ◄────────────────┘
+//! ```
+//!
+//! One direction, one owner per step, queues bounded in bytes between them.
+
+pub mod error;
+pub mod postgres;
+
+pub use error::{Class, Error, Result};
