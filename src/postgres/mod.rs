@@ -1,11 +1,17 @@
 //! One PostgreSQL server, seen from outside: how to reach it and what it says.
 //!
-//! Owns: connection strings, TLS, the two kinds of connection (tokio-postgres for control SQL, [`wire`] for the
-//! data paths), pgoutput, catalog queries, identifiers and LSNs. Knows nothing about moves, phases or state.
+//! Owns: connection strings, TLS, the two kinds of connection ([`server::Session`] for control SQL, [`wire::Wire`]
+//! for the data paths), pgoutput, catalog queries, identifiers and LSNs. Knows nothing about moves, phases or state.
 
+pub mod catalog;
+pub mod conninfo;
 pub mod failure;
 pub mod identifier;
 pub mod lsn;
+pub mod server;
+pub mod tls;
 
+pub use conninfo::ConnInfo;
 pub use identifier::{QualifiedName, quote_identifier, quote_literal};
 pub use lsn::Lsn;
+pub use server::{Server, Session, Side};

@@ -1,0 +1,194 @@
+//! What several rooms ask a server's catalog: its tables with columns, keys and sizes, and its sequences.
+//!
+//! Questions of one room only stay in that room.
+
+use crate::error::{Doing, Result};
+use crate::postgres::QualifiedName;
+
+/// What identifies an old row in the stream, `pg_class.relreplident` resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReplicaIdentity {
+    /// The primary key or the chosen index: names of its columns, in index order.
+    Key(Vec<String>),
+    /// The whole old row.
+    Full,
+    /// Nothing: updates and deletes cannot be carried.
+    Nothing,
+}
+
+/// A column that holds data of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// As the catalog holds it.
+    pub name: String,
+    /// `format_type`, qualified.
+    pub type_name: String,
+    /// GENERATED ALWAYS AS (…): computed by each side, never written by us.
+    pub generated: bool,
+    /// GENERATED ALWAYS AS IDENTITY: written with OVERRIDING SYSTEM VALUE.
+    pub identity_always: bool,
+}
+
+/// A user table that stores rows: ordinary tables and leaf partitions, permanent only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// `pg_class.oid`
+    pub oid: u32,
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// In order; dropped columns are left out.
+    pub columns: Vec<Column>,
+    /// Columns of the primary key, in index order; empty without one.
+    pub primary_key: Vec<String>,
+    /// What identifies an old row.
+    pub identity: ReplicaIdentity,
+    /// The topmost partitioned table, if this is a partition.
+    pub root: Option<QualifiedName>,
+    /// `pg_class.relpages` as it stands on disk: the heap's size in bytes.
+    pub heap_bytes: u64,
+    /// Heap and TOAST in bytes, without indexes.
+    pub bytes: u64,
+}
+
+/// Tables of extensions and of providers are not ours to move; neither is our own schema.
+///
+/// `$1` is not used: the text is a condition over `n` (pg_namespace) and `c` (pg_class).
+pub const IS_USER_TABLE: &str = r"
+    n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'pgtandem')
+    AND n.nspname !~ '^pg_(temp|toast_temp)_'
+    AND n.nspname !~ '^(neon|rds|cloudsql|azure)(_|$)'
+    AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_depend d
+        WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')";
+
+/// All user tables that store rows, largest first. The caller filters by scope.
+///
+/// # Errors
+/// The connection's.
+pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Table>> {
+    let sql = format!(
+        r"
+        SELECT c.oid, n.nspname, c.relname, c.relreplident::text,
+               cols.names, cols.types, cols.generated, cols.identity_always,
+               COALESCE(pk.columns, '{{}}'), COALESCE(ri.columns, '{{}}'),
+               rn.nspname, rc.relname,
+               pg_catalog.pg_relation_size(c.oid),
+               pg_catalog.pg_table_size(c.oid)
+        FROM pg_catalog.pg_class c
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL (
+            SELECT COALESCE(array_agg(a.attname::text ORDER BY a.attnum), '{{}}') AS names,
+                   COALESCE(array_agg(pg_catalog.format_type(a.atttypid, a.atttypmod) ORDER BY a.attnum), '{{}}') AS types,
+                   COALESCE(array_agg(a.attgenerated <> '' ORDER BY a.attnum), '{{}}') AS generated,
+                   COALESCE(array_agg(a.attidentity = 'a' ORDER BY a.attnum), '{{}}') AS identity_always
+            FROM pg_catalog.pg_attribute a
+            WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) cols
+        LEFT JOIN LATERAL (
+            SELECT array_agg(a.attname::text ORDER BY k.ord) AS columns
+            FROM pg_catalog.pg_index i
+            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid AND k.ord <= i.indnkeyatts) pk ON true
+        LEFT JOIN LATERAL (
+            SELECT array_agg(a.attname::text ORDER BY k.ord) AS columns
+            FROM pg_catalog.pg_index i
+            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+            WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts) ri ON true
+        LEFT JOIN LATERAL (
+            SELECT pg_catalog.pg_partition_root(c.oid) AS oid WHERE c.relispartition) root ON true
+        LEFT JOIN pg_catalog.pg_class rc ON rc.oid = root.oid
+        LEFT JOIN pg_catalog.pg_namespace rn ON rn.oid = rc.relnamespace
+        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+        ORDER BY 14 DESC, 2, 3"
+    );
+    let rows = client.query(&sql, &[]).await.doing(|| "listing the tables")?;
+    rows.iter().map(table).collect()
+}
+
+fn table(row: &tokio_postgres::Row) -> Result<Table> {
+    let names: Vec<String> = row.try_get(4)?;
+    let types: Vec<String> = row.try_get(5)?;
+    let generated: Vec<bool> = row.try_get(6)?;
+    let identity_always: Vec<bool> = row.try_get(7)?;
+    let columns = names
+        .into_iter()
+        .zip(types)
+        .zip(generated.into_iter().zip(identity_always))
+        .map(|((name, type_name), (generated, identity_always))| Column { name, type_name, generated, identity_always })
+        .collect();
+    let primary_key: Vec<String> = row.try_get(8)?;
+    let index: Vec<String> = row.try_get(9)?;
+    let identity = match row.try_get::<_, String>(3)?.as_str() {
+        "f" => ReplicaIdentity::Full,
+        "i" if !index.is_empty() => ReplicaIdentity::Key(index),
+        "d" if !primary_key.is_empty() => ReplicaIdentity::Key(primary_key.clone()),
+        _ => ReplicaIdentity::Nothing,
+    };
+    let root = match (row.try_get::<_, Option<String>>(10)?, row.try_get::<_, Option<String>>(11)?) {
+        (Some(schema), Some(name)) => Some(QualifiedName { schema, name }),
+        _ => None,
+    };
+    Ok(Table {
+        oid: row.try_get(0)?,
+        name: QualifiedName { schema: row.try_get(1)?, name: row.try_get(2)? },
+        columns,
+        primary_key,
+        identity,
+        root,
+        heap_bytes: u64::try_from(row.try_get::<_, i64>(12)?).unwrap_or(0),
+        bytes: u64::try_from(row.try_get::<_, i64>(13)?).unwrap_or(0),
+    })
+}
+
+/// A sequence and where it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// `last_value`
+    pub last_value: i64,
+    /// Whether `last_value` was handed out already.
+    pub is_called: bool,
+}
+
+/// All permanent user sequences, with their values.
+///
+/// `pg_sequence_last_value` hides the state before the first call, so each sequence is read itself.
+///
+/// # Errors
+/// The connection's, or no SELECT privilege on a sequence.
+pub async fn sequences(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Sequence>> {
+    let names = client
+        .query(
+            &format!(
+                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {IS_USER_TABLE} ORDER BY 1, 2"
+            ),
+            &[],
+        )
+        .await
+        .doing(|| "listing the sequences")?;
+    let names = names
+        .iter()
+        .map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }))
+        .collect::<Result<Vec<_>>>()?;
+    let mut found = Vec::with_capacity(names.len());
+    // One round trip for a few hundred sequences at a time: this runs inside the write pause.
+    for chunk in names.chunks(500) {
+        let union = chunk
+            .iter()
+            .enumerate()
+            .map(|(at, name)| format!("SELECT {at}::int4 AS at, last_value, is_called FROM {name}"))
+            .collect::<Vec<_>>()
+            .join(" UNION ALL ");
+        for row in client.query(&union, &[]).await.doing(|| "reading the sequences")? {
+            let at = usize::try_from(row.try_get::<_, i32>(0)?).unwrap_or(usize::MAX);
+            if let Some(name) = chunk.get(at) {
+                found.push(Sequence { name: name.clone(), last_value: row.try_get(1)?, is_called: row.try_get(2)? });
+            }
+        }
+    }
+    Ok(found)
+}
