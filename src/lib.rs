@@ -33,5 +33,7 @@
 pub mod config;
 pub mod error;
 pub mod postgres;
+pub mod state;
+pub mod telemetry;
 
 pub use error::{Class, Error, Result};

@@ -1,0 +1,182 @@
+//! The journal of cutovers: which step was reached, so that a start after a death knows what to undo or finish.
+
+use super::{Store, json, unknown_word};
+use crate::error::{Doing, Result};
+
+/// How far a cutover is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CutoverState {
+    /// Before the point of no return: undone after a death.
+    Preparing,
+    /// The decision is durable. After a death the fence on the source tells whether it took hold: if it stands,
+    /// the switch is finished; if not, nobody was let in and it is undone.
+    Switching,
+    /// Undone; following went on.
+    Aborted,
+    /// The application is on the target.
+    Done,
+}
+
+impl CutoverState {
+    /// The word in the state and the status.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Switching => "switching",
+            Self::Aborted => "aborted",
+            Self::Done => "done",
+        }
+    }
+}
+
+/// One step of a cutover.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepRecord {
+    /// `fence`, `drain`, …
+    pub name: String,
+    /// `running`, `done`, `failed` or `skipped`.
+    pub state: String,
+    /// How long it took.
+    pub seconds: Option<f64>,
+    /// What a person may want to know about it.
+    pub detail: Option<String>,
+}
+
+/// One cutover with its steps.
+#[derive(Clone, Debug)]
+pub struct CutoverRecord {
+    /// Ascending.
+    pub id: i64,
+    /// The request behind it, if it came from one.
+    pub request_id: Option<i64>,
+    /// How far it is.
+    pub state: CutoverState,
+    /// From the first refused write on the source to the first accepted one on the target.
+    pub write_pause_seconds: Option<f64>,
+    /// Why it was undone.
+    pub error: Option<serde_json::Value>,
+    /// In order.
+    pub steps: Vec<StepRecord>,
+}
+
+impl Store {
+    /// Opens the journal of a new cutover.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn begin_cutover(&self, request_id: Option<i64>) -> Result<i64> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_one(
+                "INSERT INTO pgtandem.cutover (move, request_id, state) VALUES ($1, $2, 'preparing') RETURNING id",
+                &[&self.name.as_str(), &request_id],
+            )
+            .await
+            .doing(|| "opening the journal of the cutover")?;
+        Ok(row.try_get(0)?)
+    }
+
+    /// Writes a step, or overwrites it by its ordinal.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn journal_step(&self, cutover: i64, ordinal: i32, step: &StepRecord) -> Result<()> {
+        let session = self.session().await?;
+        session
+            .get()?
+            .execute(
+                "INSERT INTO pgtandem.cutover_step (cutover_id, ordinal, name, state, seconds, detail)
+                 VALUES ($1, $2, $3, $4, $5, $6)
+                 ON CONFLICT (cutover_id, ordinal)
+                 DO UPDATE SET state = excluded.state, seconds = excluded.seconds, detail = excluded.detail",
+                &[&cutover, &ordinal, &step.name, &step.state, &step.seconds, &step.detail],
+            )
+            .await
+            .doing(|| format!("journaling the step {}", step.name))?;
+        Ok(())
+    }
+
+    /// Moves a cutover on. Durable when it returns.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn set_cutover(
+        &self,
+        cutover: i64,
+        state: CutoverState,
+        write_pause_seconds: Option<f64>,
+        error: Option<&serde_json::Value>,
+    ) -> Result<()> {
+        let session = self.session().await?;
+        session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.cutover SET state = $2, write_pause_seconds = COALESCE($3, write_pause_seconds),
+                     error = $4::text::jsonb WHERE id = $1",
+                &[&cutover, &state.as_str(), &write_pause_seconds, &error.map(ToString::to_string)],
+            )
+            .await
+            .doing(|| format!("journaling the cutover as {}", state.as_str()))?;
+        Ok(())
+    }
+
+    /// The newest cutover of the move, if there was one.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn last_cutover(&self) -> Result<Option<CutoverRecord>> {
+        let mut session = self.session().await?;
+        // One snapshot for both statements.
+        let transaction = session
+            .get_mut()?
+            .build_transaction()
+            .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+            .read_only(true)
+            .start()
+            .await
+            .doing(|| "reading the journal")?;
+        let row = transaction
+            .query_opt(
+                "SELECT id, request_id, state, write_pause_seconds, error::text FROM pgtandem.cutover
+                 WHERE move = $1 ORDER BY id DESC LIMIT 1",
+                &[&self.name.as_str()],
+            )
+            .await
+            .doing(|| "reading the journal")?;
+        let Some(row) = row else { return Ok(None) };
+        let id: i64 = row.try_get(0)?;
+        let steps = transaction
+            .query(
+                "SELECT name, state, seconds, detail FROM pgtandem.cutover_step WHERE cutover_id = $1 ORDER BY ordinal",
+                &[&id],
+            )
+            .await
+            .doing(|| "reading the journal")?;
+        Ok(Some(CutoverRecord {
+            id,
+            request_id: row.try_get(1)?,
+            state: match row.try_get::<_, String>(2)?.as_str() {
+                "preparing" => CutoverState::Preparing,
+                "switching" => CutoverState::Switching,
+                "aborted" => CutoverState::Aborted,
+                "done" => CutoverState::Done,
+                other => return Err(unknown_word("cutover state", other)),
+            },
+            write_pause_seconds: row.try_get(3)?,
+            error: row.try_get::<_, Option<String>>(4)?.as_deref().map(json).transpose()?,
+            steps: steps
+                .iter()
+                .map(|row| {
+                    Ok(StepRecord {
+                        name: row.try_get(0)?,
+                        state: row.try_get(1)?,
+                        seconds: row.try_get(2)?,
+                        detail: row.try_get(3)?,
+                    })
+                })
+                .collect::<Result<_>>()?,
+        }))
+    }
+}

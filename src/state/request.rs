@@ -1,0 +1,204 @@
+//! Control goes through the target: a row in `pgtandem.request` and a NOTIFY on `pgtandem_<name>`.
+
+use std::time::Duration;
+
+use super::{Store, json, unknown_word};
+use crate::error::{Doing, Result};
+use crate::postgres::Session;
+
+/// What can be asked of a running daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestKind {
+    /// `{"timeout_ms": n, "dry_run": bool}`
+    Cutover,
+    /// `{"tables": ["schema.name", …]}`
+    Verify,
+}
+
+impl RequestKind {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cutover => "cutover",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// How far a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestState {
+    /// No daemon has seen it.
+    Waiting,
+    /// A daemon works on it.
+    Running,
+    /// Answered: yes.
+    Succeeded,
+    /// Answered: no.
+    Failed,
+    /// Withdrawn before a daemon took it, or too old when one came.
+    Expired,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Ascending.
+    pub id: i64,
+    /// What is asked.
+    pub kind: RequestKind,
+    /// See [`RequestKind`].
+    pub arguments: serde_json::Value,
+    /// How far it is.
+    pub state: RequestState,
+    /// What came of it.
+    pub answer: Option<serde_json::Value>,
+}
+
+const COLUMNS: &str = "id, kind, arguments::text, state, answer::text";
+
+fn request(row: &tokio_postgres::Row) -> Result<Request> {
+    Ok(Request {
+        id: row.try_get(0)?,
+        kind: match row.try_get::<_, String>(1)?.as_str() {
+            "cutover" => RequestKind::Cutover,
+            "verify" => RequestKind::Verify,
+            other => return Err(unknown_word("request kind", other)),
+        },
+        arguments: json(&row.try_get::<_, String>(2)?)?,
+        state: match row.try_get::<_, String>(3)?.as_str() {
+            "waiting" => RequestState::Waiting,
+            "running" => RequestState::Running,
+            "succeeded" => RequestState::Succeeded,
+            "failed" => RequestState::Failed,
+            "expired" => RequestState::Expired,
+            other => return Err(unknown_word("request state", other)),
+        },
+        answer: row.try_get::<_, Option<String>>(4)?.as_deref().map(json).transpose()?,
+    })
+}
+
+impl Store {
+    /// Asks the daemon for something. A daemon that comes after `patience` does not do it any more.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn submit(&self, kind: RequestKind, arguments: &serde_json::Value, patience: Duration) -> Result<i64> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_one(
+                "WITH asked AS (
+                     INSERT INTO pgtandem.request (move, kind, arguments, expires_at)
+                     VALUES ($1, $2, $3::text::jsonb, now() + $4::float8 * interval '1 second') RETURNING id)
+                 SELECT id, pg_catalog.pg_notify('pgtandem_' || $1, id::text) FROM asked",
+                &[&self.name.as_str(), &kind.as_str(), &arguments.to_string(), &patience.as_secs_f64()],
+            )
+            .await
+            .doing(|| "asking the daemon")?;
+        Ok(row.try_get(0)?)
+    }
+
+    /// A session that hears of new requests; see [`Session::notification`].
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn listen(&self) -> Result<Session> {
+        let session = self.target.connect("requests").await.doing(|| "listening for requests")?;
+        session
+            .batch_execute(&format!("LISTEN {}", crate::postgres::quote_identifier(&format!("pgtandem_{}", self.name))))
+            .await
+            .doing(|| "listening for requests")?;
+        Ok(session)
+    }
+
+    /// Takes the oldest waiting request, and turns down those that are too old.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn take_request(&self) -> Result<Option<Request>> {
+        let session = self.session().await?;
+        let client = session.get()?;
+        client
+            .execute(
+                "UPDATE pgtandem.request SET state = 'expired' WHERE move = $1 AND state = 'waiting' AND expires_at < now()",
+                &[&self.name.as_str()],
+            )
+            .await
+            .doing(|| "turning down old requests")?;
+        let row = client
+            .query_opt(
+                &format!(
+                    "UPDATE pgtandem.request SET state = 'running' WHERE id = (
+                         SELECT id FROM pgtandem.request WHERE move = $1 AND state = 'waiting' ORDER BY id LIMIT 1)
+                     RETURNING {COLUMNS}"
+                ),
+                &[&self.name.as_str()],
+            )
+            .await
+            .doing(|| "taking a request")?;
+        row.as_ref().map(request).transpose()
+    }
+
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn answer(&self, id: i64, yes: bool, answer: &serde_json::Value) -> Result<()> {
+        let session = self.session().await?;
+        session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.request SET state = $2, answer = $3::text::jsonb WHERE id = $1",
+                &[&id, &if yes { "succeeded" } else { "failed" }, &answer.to_string()],
+            )
+            .await
+            .doing(|| "answering a request")?;
+        Ok(())
+    }
+
+    /// What became of a request so far.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn request(&self, id: i64) -> Result<Option<Request>> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_opt(&format!("SELECT {COLUMNS} FROM pgtandem.request WHERE id = $1"), &[&id])
+            .await
+            .doing(|| "reading a request")?;
+        row.as_ref().map(request).transpose()
+    }
+
+    /// Takes a request back if no daemon has begun it; false if one has.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn withdraw(&self, id: i64) -> Result<bool> {
+        let session = self.session().await?;
+        let count = session
+            .get()?
+            .execute("UPDATE pgtandem.request SET state = 'expired' WHERE id = $1 AND state = 'waiting'", &[&id])
+            .await
+            .doing(|| "withdrawing a request")?;
+        Ok(count == 1)
+    }
+
+    /// Requests that a daemon had begun when it died are answered with no: their cutover was undone or finished
+    /// by the start that calls this.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn fail_running_requests(&self, answer: &serde_json::Value) -> Result<()> {
+        let session = self.session().await?;
+        session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.request SET state = 'failed', answer = $2::text::jsonb WHERE move = $1 AND state = 'running'",
+                &[&self.name.as_str(), &answer.to_string()],
+            )
+            .await
+            .doing(|| "answering old requests")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! What the state knows about each table's copy.
+
+use std::str::FromStr;
+
+use super::{Store, lsn, unknown_word};
+use crate::error::{Doing, Error, Result};
+use crate::postgres::{Lsn, QualifiedName, quote_literal};
+
+/// How far the copy of a table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TableState {
+    /// Not begun.
+    Pending,
+    /// Rows are on their way, none is visible in the target.
+    Copying,
+    /// All rows of its cut are in the target, committed together with this word.
+    Copied,
+}
+
+impl TableState {
+    /// All of them, in order.
+    pub const ALL: [Self; 3] = [Self::Pending, Self::Copying, Self::Copied];
+
+    /// The word in the state, the status and the metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Copying => "copying",
+            Self::Copied => "copied",
+        }
+    }
+}
+
+impl FromStr for TableState {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == text).ok_or_else(|| unknown_word("table state", text))
+    }
+}
+
+/// A table of the move.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableRecord {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// How far its copy is.
+    pub state: TableState,
+    /// The cut it was copied under: changes that committed before are skipped. `None` until copied.
+    pub cut_lsn: Option<Lsn>,
+    /// Rows copied.
+    pub rows: u64,
+    /// Bytes sent so far, as COPY prints them.
+    pub bytes: u64,
+    /// The source's size of heap and TOAST when the copy was planned.
+    pub bytes_total: u64,
+}
+
+/// The statement that a copy worker runs in the transaction that holds the rows, so that rows and state commit
+/// together or not at all.
+#[must_use]
+pub fn copied_sql(move_name: &str, table: &QualifiedName, cut: Lsn, rows: u64, bytes: u64) -> String {
+    format!(
+        "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, state, cut_lsn, rows, bytes)
+         VALUES ({move_name}, {schema}, {name}, 'copied', '{cut}', {rows}, {bytes})
+         ON CONFLICT (move, schema_name, table_name)
+         DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes",
+        move_name = quote_literal(move_name),
+        schema = quote_literal(&table.schema),
+        name = quote_literal(&table.name),
+    )
+}
+
+impl Store {
+    /// Adds the tables that are not known yet, as pending. Known ones keep their state.
+    ///
+    /// `tables` is name and size in bytes.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn plan_tables(&self, tables: &[(QualifiedName, u64)]) -> Result<()> {
+        for chunk in tables.chunks(1000) {
+            let values = chunk
+                .iter()
+                .map(|(table, bytes)| {
+                    format!(
+                        "({}, {}, {}, {bytes})",
+                        quote_literal(self.name.as_str()),
+                        quote_literal(&table.schema),
+                        quote_literal(&table.name)
+                    )
+                })
+                .collect::<Vec<_>>()
+                .join(", ");
+            self.execute(&format!(
+                "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, bytes_total) VALUES {values}
+                 ON CONFLICT (move, schema_name, table_name) DO NOTHING"
+            ))
+            .await
+            .doing(|| "planning the tables")?;
+        }
+        Ok(())
+    }
+
+    /// All tables of the move, by name.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn tables(&self) -> Result<Vec<TableRecord>> {
+        let session = self.session().await?;
+        let rows = session
+            .get()?
+            .query(
+                "SELECT schema_name, table_name, state, cut_lsn::text, rows, bytes, bytes_total
+                 FROM pgtandem.copy_table WHERE move = $1 ORDER BY 1, 2",
+                &[&self.name.as_str()],
+            )
+            .await
+            .doing(|| "reading the tables of the move")?;
+        rows.iter()
+            .map(|row| {
+                let count = |at: usize| -> Result<u64> { Ok(u64::try_from(row.try_get::<_, i64>(at)?).unwrap_or(0)) };
+                Ok(TableRecord {
+                    name: QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? },
+                    state: row.try_get::<_, String>(2)?.parse()?,
+                    cut_lsn: lsn(row.try_get(3)?)?,
+                    rows: count(4)?,
+                    bytes: count(5)?,
+                    bytes_total: count(6)?,
+                })
+            })
+            .collect()
+    }
+
+    /// Says for `status` how far tables in flight are: name, rows, bytes. Finished tables are left alone.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn report_copying(&self, tables: &[(QualifiedName, u64, u64)]) -> Result<()> {
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let values = tables
+            .iter()
+            .map(|(table, rows, bytes)| {
+                format!(
+                    "({}, {}, {rows}::int8, {bytes}::int8)",
+                    quote_literal(&table.schema),
+                    quote_literal(&table.name)
+                )
+            })
+            .collect::<Vec<_>>()
+            .join(", ");
+        self.execute(&format!(
+            "UPDATE pgtandem.copy_table t SET state = 'copying', rows = v.rows, bytes = v.bytes
+             FROM (VALUES {values}) v (schema_name, table_name, rows, bytes)
+             WHERE t.move = {} AND t.schema_name = v.schema_name AND t.table_name = v.table_name AND t.state <> 'copied'",
+            quote_literal(self.name.as_str())
+        ))
+        .await
+        .doing(|| "reporting the copy")
+    }
+}
