@@ -8,6 +8,7 @@ pub mod conninfo;
 pub mod failure;
 pub mod identifier;
 pub mod lsn;
+pub mod pgoutput;
 pub mod server;
 pub mod tls;
 
