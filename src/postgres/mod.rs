@@ -5,14 +5,17 @@
 
 pub mod catalog;
 pub mod conninfo;
+pub mod dial;
 pub mod failure;
 pub mod identifier;
 pub mod lsn;
+pub mod passfile;
 pub mod pgoutput;
 pub mod server;
 pub mod tls;
 
-pub use conninfo::ConnInfo;
+pub use conninfo::{Ambient, ConnInfo};
+pub use dial::Stream;
 pub use identifier::{QualifiedName, quote_identifier, quote_literal};
 pub use lsn::Lsn;
 pub use server::{Server, Session, Side};
