@@ -11,8 +11,10 @@ pub mod identifier;
 pub mod lsn;
 pub mod passfile;
 pub mod pgoutput;
+pub mod replication;
 pub mod server;
 pub mod tls;
+pub mod wire;
 
 pub use conninfo::{Ambient, ConnInfo};
 pub use dial::Stream;

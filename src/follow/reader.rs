@@ -1,0 +1,204 @@
+//! The reading end: takes messages off the stream, decodes them, hands them on in order, and confirms.
+//!
+//! Promises: never confirms more than the applier made durable; keeps talking to the source while the target makes it
+//! wait, so that `wal_sender_timeout` does not strike; notices a source that went silent.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use super::Durable;
+use super::queue::{Sender, Weight};
+use crate::error::{Class, Error, Result};
+use crate::postgres::Lsn;
+use crate::postgres::pgoutput::Message;
+use crate::postgres::replication::{Event, ReplicationStream};
+use crate::telemetry::Telemetry;
+
+/// How often the source hears from us, also when nothing happens.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+
+/// A source that says nothing for so long, though it was asked, is gone. The default `wal_sender_timeout`.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// A chunk is handed on once it holds so much, even if more was read already, in bytes.
+const CHUNK: usize = 1024 * 1024;
+
+/// What the applier receives, in the order of the stream.
+#[derive(Debug)]
+pub(super) enum Delivery {
+    /// A message of the plugin.
+    Message(Message),
+    /// Nothing committed up to here beyond what was delivered.
+    Idle(Lsn),
+}
+
+/// See the module's first lines.
+pub(super) struct Reader {
+    stream: ReplicationStream,
+    queue: Sender<Vec<Delivery>>,
+    durable: watch::Receiver<Durable>,
+    telemetry: Telemetry,
+    status: Interval,
+    received: Lsn,
+    confirmed: Lsn,
+    inside_transaction: bool,
+    last_heard: Instant,
+}
+
+impl Reader {
+    pub(super) fn new(
+        stream: ReplicationStream,
+        queue: Sender<Vec<Delivery>>,
+        durable: watch::Receiver<Durable>,
+        telemetry: Telemetry,
+    ) -> Self {
+        let mut status = interval(STATUS_EVERY);
+        status.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let from = durable.borrow().lsn;
+        Self {
+            stream,
+            queue,
+            durable,
+            telemetry,
+            status,
+            received: from,
+            confirmed: Lsn::ZERO,
+            inside_transaction: false,
+            last_heard: Instant::now(),
+        }
+    }
+
+    /// Reads until told to stop, or until the applier is gone; then confirms once more, so that the source knows
+    /// exactly where the target is.
+    pub(super) async fn run(mut self, stop: CancellationToken) -> Result<()> {
+        let outcome = self.read(&stop).await;
+        if outcome.is_ok() {
+            self.confirm(false).await?;
+            self.stream.close().await;
+        }
+        outcome
+    }
+
+    async fn read(&mut self, stop: &CancellationToken) -> Result<()> {
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                () = self.queue.closed() => return Ok(()),
+                changed = self.durable.changed() => match changed {
+                    Ok(()) => self.confirm(false).await?,
+                    Err(_) => return Ok(()),
+                },
+                _ = self.status.tick() => self.report().await?,
+                read = self.stream.fill() => {
+                    read?;
+                    self.last_heard = Instant::now();
+                    if !self.hand_on().await? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Decodes everything that was read and hands it on; false once the applier is gone.
+    async fn hand_on(&mut self) -> Result<bool> {
+        let mut reply = false;
+        loop {
+            let mut chunk = Vec::new();
+            let mut bytes = 0;
+            while bytes < CHUNK {
+                let Some(event) = self.stream.buffered()? else { break };
+                match event {
+                    Event::Data { start, payload } => {
+                        // Bookkeeping of a message costs memory too; small rows must not slip past the bound.
+                        bytes += payload.len() + 128;
+                        chunk.push(Delivery::Message(self.decode(start, &payload)?));
+                    }
+                    Event::Keepalive { sent, reply: asked } => {
+                        reply |= asked;
+                        self.received = self.received.max(sent);
+                        if !self.inside_transaction {
+                            bytes += 16;
+                            chunk.push(Delivery::Idle(sent));
+                        }
+                    }
+                }
+            }
+            self.telemetry.received(self.received);
+            if chunk.is_empty() {
+                if reply {
+                    self.confirm(false).await?;
+                }
+                return Ok(true);
+            }
+            match self.room(bytes).await? {
+                Some(weight) if self.queue.send(chunk, weight) => {}
+                _ => return Ok(false),
+            }
+            self.telemetry.queue("apply", self.queue.waiting_bytes());
+        }
+    }
+
+    fn decode(&mut self, start: Lsn, payload: &bytes::Bytes) -> Result<Message> {
+        let message = Message::decode(payload).map_err(|malformed| {
+            Error::new(Class::Bug, "stream_malformed", format!("the message at {start} cannot be read: {malformed}"))
+                .hint("nothing was applied beyond the last progress; please report this with the source's version")
+        })?;
+        match &message {
+            Message::Begin { .. } => self.inside_transaction = true,
+            Message::Commit { end_lsn, .. } => {
+                self.inside_transaction = false;
+                self.received = self.received.max(*end_lsn);
+            }
+            _ => self.received = self.received.max(start),
+        }
+        Ok(message)
+    }
+
+    /// Waits for room in the queue, and keeps the source company meanwhile.
+    async fn room(&mut self, bytes: usize) -> Result<Option<Weight>> {
+        loop {
+            tokio::select! {
+                biased;
+                () = self.queue.closed() => return Ok(None),
+                weight = self.queue.room(bytes) => return Ok(weight),
+                changed = self.durable.changed() => match changed {
+                    Ok(()) => self.confirm(false).await?,
+                    Err(_) => return Ok(None),
+                },
+                _ = self.status.tick() => {
+                    // While we do not read, silence is ours.
+                    self.last_heard = Instant::now();
+                    self.confirm(false).await?;
+                }
+            }
+        }
+    }
+
+    /// The regular word to the source. It is asked for an answer, which tells how far an idle source decoded, and
+    /// that it lives.
+    async fn report(&mut self) -> Result<()> {
+        if self.last_heard.elapsed() > SILENCE {
+            return Err(Error::new(
+                Class::Retry,
+                "source_silent",
+                format!("the source said nothing for {} seconds though it was asked", SILENCE.as_secs()),
+            ));
+        }
+        self.confirm(true).await
+    }
+
+    async fn confirm(&mut self, ask_for_reply: bool) -> Result<()> {
+        let durable = self.durable.borrow_and_update().lsn;
+        self.stream.confirm(self.received, durable, ask_for_reply).await?;
+        if durable > self.confirmed {
+            self.confirmed = durable;
+            self.telemetry.confirmed(durable);
+        }
+        Ok(())
+    }
+}
