@@ -32,6 +32,7 @@
 
 pub mod config;
 pub mod error;
+pub mod follow;
 pub mod postgres;
 pub mod state;
 pub mod telemetry;

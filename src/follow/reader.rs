@@ -135,9 +135,9 @@ impl Reader {
                 }
                 return Ok(true);
             }
-            match self.room(bytes).await? {
-                Some(weight) if self.queue.send(chunk, weight) => {}
-                _ => return Ok(false),
+            let Some(weight) = self.room(bytes).await? else { return Ok(false) };
+            if !self.queue.send(chunk, weight) {
+                return Ok(false);
             }
             self.telemetry.queue("apply", self.queue.waiting_bytes());
         }

@@ -1,0 +1,494 @@
+//! The applying end: source transactions in, target transactions out, progress in each of them.
+//!
+//! # Exactly once
+//!
+//! A batch is one target transaction: `BEGIN`, the changes of one or more whole source transactions in their order,
+//! `UPDATE pgtandem.progress`, `COMMIT`. A death at any point leaves either all of it or nothing: with nothing, the next
+//! start asks the source for everything after the old progress; with all of it, for everything after the new one. The
+//! server sends a transaction if its commit record begins at or after the asked position, and progress is the position
+//! *after* the commit record of the last applied one, so none is sent twice and none is left out.
+//!
+//! If the answer to COMMIT is lost, the next start reads progress from the target and so learns which of the two it was.
+//!
+//! Progress is advanced only `WHERE epoch = ours` (see [`crate::state::Leadership`]): a daemon that lost the move without
+//! knowing finds no row, and rolls back.
+//!
+//! # Before the newest cut
+//!
+//! A table that was copied under a cut has every transaction that committed before the cut; [`Plan::cut`] makes the
+//! applier skip exactly those. Until progress has passed the newest cut of all tables, the target is no state that the
+//! source ever had; afterwards it always is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
+use super::queue::Receiver;
+use super::reader::Delivery;
+use super::relation::{Finder, Plan, read_target};
+use super::{Durable, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
+use crate::config::MissingRow;
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
+use crate::postgres::{Lsn, QualifiedName, Session, quote_literal};
+use crate::telemetry::{BatchApplied, Telemetry};
+
+/// See the module's first lines.
+pub(super) struct Applier {
+    pub settings: Settings,
+    pub pipeline: Pipeline,
+    /// For the catalog; opened with the applier, used between statements.
+    pub catalog: Session,
+    pub queue: Receiver<Vec<Delivery>>,
+    pub durable: watch::Sender<Durable>,
+    pub marker: MarkerWatch,
+    pub telemetry: Telemetry,
+    pub relations: HashMap<u32, (Relation, Arc<Plan>)>,
+    pub types: HashMap<u32, QualifiedName>,
+    pub generations: u64,
+    pub transaction: Option<Position>,
+    pub batch: Option<Batch>,
+    /// The newest position known to hold nothing to apply, not yet written down.
+    pub idle: Option<Lsn>,
+    pub idle_written: Instant,
+}
+
+/// The open target transaction.
+pub(super) struct Batch {
+    started: Instant,
+    bytes: u64,
+    applied: BatchApplied,
+    /// Where progress will be, and the commit time that goes with it.
+    end: Lsn,
+    commit_micros: Option<i64>,
+    /// The marker that is part of it.
+    marker: Option<u64>,
+}
+
+impl Applier {
+    /// Applies until the reader ends or `stop`; complete transactions are committed, a half one is left to the next
+    /// start.
+    pub(super) async fn run(mut self, stop: CancellationToken) -> Result<()> {
+        loop {
+            if self.transaction.is_none() && self.queue.is_empty() {
+                self.commit().await?;
+            } else if self.queue.is_empty() {
+                // The rest of the transaction is on its way; let the target work meanwhile.
+                self.pipeline.send().await?;
+            }
+            let idle_due = self.idle.map(|_| self.idle_written + IDLE_PROGRESS_EVERY);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return self.finish().await,
+                received = self.queue.receive() => match received {
+                    Some((chunk, weight)) => {
+                        for delivery in chunk {
+                            self.deliver(delivery).await?;
+                        }
+                        drop(weight);
+                    }
+                    None => return self.finish().await,
+                },
+                () = wait_until(idle_due) => self.write_idle().await?,
+            }
+        }
+    }
+
+    async fn finish(mut self) -> Result<()> {
+        // A batch with a half transaction at its end is rolled back whole by the end of the connection.
+        if self.transaction.is_none() { self.commit().await } else { Ok(()) }
+    }
+
+    async fn deliver(&mut self, delivery: Delivery) -> Result<()> {
+        match delivery {
+            Delivery::Idle(lsn) => {
+                if lsn > self.durable.borrow().lsn {
+                    self.idle = Some(lsn);
+                }
+                Ok(())
+            }
+            Delivery::Message(message) => self.message(message).await,
+        }
+    }
+
+    async fn message(&mut self, message: Message) -> Result<()> {
+        match message {
+            Message::Begin { commit_lsn, xid, .. } => {
+                self.transaction = Some(Position { commit_lsn, xid });
+                self.idle = None;
+            }
+            Message::Commit { end_lsn, commit_micros, .. } => {
+                return self.end_transaction(end_lsn, commit_micros).await;
+            }
+            Message::Relation(relation) => return self.relation(relation).await,
+            Message::Type { oid, name } => {
+                self.types.insert(oid, name);
+            }
+            Message::Insert { relation, new } => return self.insert(relation, &new).await,
+            Message::Update { relation, old, new } => return self.update(relation, old.as_ref(), &new).await,
+            Message::Delete { relation, old } => return self.delete(relation, &old).await,
+            Message::Truncate { relations, restart_identity, .. } => {
+                return self.truncate(&relations, restart_identity).await;
+            }
+            // Where a change came from before it reached the source does not matter to the target, and other
+            // programs' messages are theirs. The marker is recognised by its transaction.
+            Message::Origin { .. } | Message::Logical { .. } => {}
+        }
+        Ok(())
+    }
+
+    async fn end_transaction(&mut self, end: Lsn, commit_micros: i64) -> Result<()> {
+        let ended = self.transaction.take().ok_or_else(|| out_of_place("COMMIT"))?;
+        let marker = self.marker.is_expected(ended.xid);
+        // Also a transaction without changes moves progress: it may be the marker.
+        self.open_batch().await?;
+        let Some(batch) = &mut self.batch else { return Err(Error::bug("a batch was opened and is not there")) };
+        batch.applied.transactions += 1;
+        batch.end = end;
+        batch.commit_micros = Some(commit_micros);
+        batch.marker = marker.or(batch.marker);
+        let full = batch.bytes >= self.settings.batch_max_bytes
+            || batch.started.elapsed() >= self.settings.batch_max_delay
+            || batch.marker.is_some();
+        if full { self.commit().await } else { Ok(()) }
+    }
+
+    async fn relation(&mut self, relation: Relation) -> Result<()> {
+        if let Some((known, _)) = self.relations.get(&relation.oid)
+            && *known == relation
+        {
+            return Ok(());
+        }
+        let target = read_target(&self.catalog, &relation.name).await?;
+        let cut = self.settings.cuts.get(&relation.name).copied();
+        self.generations += 1;
+        let plan = Plan::new(&relation, target.as_ref(), &self.types, cut, self.generations)?;
+        self.relations.insert(relation.oid, (relation, Arc::new(plan)));
+        Ok(())
+    }
+
+    /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
+    fn change(&self, relation: u32) -> Result<Option<(Arc<Plan>, Position)>> {
+        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
+        let (_, plan) = self
+            .relations
+            .get(&relation)
+            .ok_or_else(|| Error::bug(format!("a change of relation {relation}, which the stream did not describe")))?;
+        Ok(match plan.cut {
+            Some(cut) if at.commit_lsn < cut => None,
+            _ => Some((Arc::clone(plan), at)),
+        })
+    }
+
+    async fn insert(&mut self, relation: u32, new: &Tuple) -> Result<()> {
+        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        check_width(&plan, new)?;
+        let mut values = Vec::with_capacity(new.len());
+        for (column, value) in new.values().enumerate() {
+            if plan.is_written(column) {
+                values.push(text(value, &plan)?);
+            }
+        }
+        self.open_batch().await?;
+        self.count(new.bytes(), |applied| applied.inserts += 1);
+        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Insert, mask: Vec::new() };
+        let sql = Arc::clone(&plan);
+        let purpose = Purpose::Row { operation: Operation::Insert, plan, at };
+        self.pipeline.execute(key, move || sql.insert(), values.into_iter(), purpose).await
+    }
+
+    async fn update(&mut self, relation: u32, old: Option<&OldTuple>, new: &Tuple) -> Result<()> {
+        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        check_width(&plan, new)?;
+        let mut values = Vec::with_capacity(new.len() + 2);
+        let mut set = Vec::with_capacity(new.len());
+        // True where the statement differs from the plain one: a column that it leaves alone.
+        let mut mask = Vec::new();
+        for (column, value) in new.values().enumerate() {
+            if value == Value::Unchanged {
+                mask.resize(new.len(), false);
+                mark(&mut mask, column);
+            } else if plan.is_written(column) {
+                set.push(column);
+                values.push(text(value, &plan)?);
+            }
+        }
+        let before = old.map_or(new, OldTuple::tuple);
+        let nulls = find(&plan, before, &mut values)?;
+        self.open_batch().await?;
+        self.count(new.bytes(), |applied| applied.updates += 1);
+        mask.extend_from_slice(&nulls);
+        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Update, mask };
+        let sql = Arc::clone(&plan);
+        let purpose = Purpose::Row { operation: Operation::Update, plan, at };
+        self.pipeline.execute(key, move || sql.update(&set, &nulls), values.into_iter(), purpose).await
+    }
+
+    async fn delete(&mut self, relation: u32, old: &OldTuple) -> Result<()> {
+        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        let old = old.tuple();
+        check_width(&plan, old)?;
+        let mut values = Vec::with_capacity(old.len());
+        let nulls = find(&plan, old, &mut values)?;
+        self.open_batch().await?;
+        self.count(old.bytes(), |applied| applied.deletes += 1);
+        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Delete, mask: nulls.clone() };
+        let sql = Arc::clone(&plan);
+        let purpose = Purpose::Row { operation: Operation::Delete, plan, at };
+        self.pipeline.execute(key, move || sql.delete(&nulls), values.into_iter(), purpose).await
+    }
+
+    /// The source lists every table that the statement emptied, also those that CASCADE reached, so the target must
+    /// not cascade further than they say.
+    async fn truncate(&mut self, relations: &[u32], restart_identity: bool) -> Result<()> {
+        let mut plans = Vec::with_capacity(relations.len());
+        let mut at = None;
+        for &relation in relations {
+            if let Some((plan, position)) = self.change(relation)? {
+                at = Some(position);
+                plans.push(plan);
+            }
+        }
+        let (Some(at), Some(first)) = (at, plans.first().map(Arc::clone)) else { return Ok(()) };
+        let names: Vec<String> = plans.iter().map(|plan| plan.truncated()).collect();
+        let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
+        let sql = format!("TRUNCATE {}{restart}", names.join(", "));
+        self.open_batch().await?;
+        self.count(0, |applied| applied.truncates += 1);
+        // Prepared under a generation of its own: the list of tables differs each time.
+        self.generations += 1;
+        let key = StatementKey::Row { generation: self.generations, operation: Operation::Truncate, mask: Vec::new() };
+        let purpose = Purpose::Row { operation: Operation::Truncate, plan: first, at };
+        self.pipeline.execute(key, move || sql, std::iter::empty(), purpose).await
+    }
+
+    async fn open_batch(&mut self) -> Result<()> {
+        if self.batch.is_some() {
+            return Ok(());
+        }
+        self.batch = Some(Batch {
+            started: Instant::now(),
+            bytes: 0,
+            applied: BatchApplied::default(),
+            end: Lsn::ZERO,
+            commit_micros: None,
+            marker: None,
+        });
+        let begin = StatementKey::Own("BEGIN");
+        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await
+    }
+
+    fn count(&mut self, bytes: usize, what: impl FnOnce(&mut BatchApplied)) {
+        if let Some(batch) = &mut self.batch {
+            batch.bytes += bytes as u64;
+            what(&mut batch.applied);
+        }
+    }
+
+    /// Commits what is complete, together with progress.
+    async fn commit(&mut self) -> Result<()> {
+        let Some(mut batch) = self.batch.take() else { return Ok(()) };
+        self.advance(batch.end, batch.commit_micros, batch.applied).await?;
+        self.pipeline.commit().await?;
+        batch.applied.duration = batch.started.elapsed();
+        self.telemetry.batch(batch.applied);
+        self.publish(batch.end, batch.commit_micros, batch.marker);
+        Ok(())
+    }
+
+    /// Nothing happened on the source that concerns us, but its log went on: say so durably, then confirm.
+    async fn write_idle(&mut self) -> Result<()> {
+        self.idle_written = Instant::now();
+        let Some(lsn) = self.idle.take() else { return Ok(()) };
+        if self.transaction.is_some() || self.batch.is_some() || lsn <= self.durable.borrow().lsn {
+            return Ok(());
+        }
+        let begin = StatementKey::Own("BEGIN");
+        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await?;
+        self.advance(lsn, None, BatchApplied::default()).await?;
+        self.pipeline.commit().await?;
+        self.publish(lsn, None, None);
+        Ok(())
+    }
+
+    /// Writes progress as the last statement of the batch, after all others were answered.
+    async fn advance(&mut self, lsn: Lsn, commit_micros: Option<i64>, applied: BatchApplied) -> Result<()> {
+        self.pipeline.settle().await?;
+        if self.pipeline.has_missing() {
+            self.missing_rows().await?;
+        }
+        let changes = applied.inserts + applied.updates + applied.deletes + applied.truncates;
+        let values = [
+            self.settings.move_name.as_str().to_owned(),
+            self.settings.epoch.to_string(),
+            lsn.to_string(),
+            commit_micros.map(|micros| micros.to_string()).unwrap_or_default(),
+            applied.transactions.to_string(),
+            changes.to_string(),
+        ];
+        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
+        self.pipeline
+            .execute(StatementKey::Own("progress"), || PROGRESS.to_owned(), values, Purpose::Own("progress"))
+            .await?;
+        self.pipeline.settle().await?;
+        if self.pipeline.own_count() == 1 {
+            return Ok(());
+        }
+        Err(Error::new(
+            Class::Retry,
+            "leadership_lost",
+            format!("progress could not be advanced to {lsn}: another daemon took this move, or progress is beyond"),
+        ))
+    }
+
+    async fn missing_rows(&mut self) -> Result<()> {
+        let missing = self.pipeline.take_missing();
+        if self.settings.missing_row == MissingRow::Stop
+            && let Some(first) = missing.first()
+        {
+            return Err(Error::new(
+                Class::Operator,
+                "row_missing",
+                format!(
+                    "{} of transaction {} (committed at {}) found no row in table {} on the target",
+                    first.operation.as_str(),
+                    first.at.xid,
+                    first.at.commit_lsn,
+                    first.table.plain()
+                ),
+            )
+            .hint(
+                "someone else changed the target, or the sides differed before; nothing of the batch was applied. \
+                 Find the cause, then copy the table again, or set follow.missing_row = \"record\" to go on",
+            ));
+        }
+        for row in missing {
+            let sql = format!(
+                "INSERT INTO pgtandem.missing_row (move, table_name, operation, lsn, xid) VALUES ({}, {}, '{}', '{}', {})",
+                quote_literal(self.settings.move_name.as_str()),
+                quote_literal(&row.table.plain()),
+                row.operation.as_str(),
+                row.at.commit_lsn,
+                row.at.xid
+            );
+            self.generations += 1;
+            let key =
+                StatementKey::Row { generation: self.generations, operation: Operation::Insert, mask: Vec::new() };
+            self.pipeline.execute(key, move || sql, std::iter::empty(), Purpose::Own("missing row")).await?;
+            self.telemetry.missing_row(&row.table);
+        }
+        Ok(())
+    }
+
+    fn publish(&self, lsn: Lsn, commit_micros: Option<i64>, marker: Option<u64>) {
+        self.durable.send_modify(|durable| {
+            durable.lsn = lsn;
+            durable.commit_micros = commit_micros.or(durable.commit_micros);
+            durable.marker = marker.or(durable.marker);
+        });
+        self.telemetry.applied(lsn, commit_micros);
+    }
+}
+
+/// `$1` move, `$2` epoch, `$3` LSN, `$4` commit time in microseconds since 1970 or NULL, `$5` transactions, `$6` changes.
+const PROGRESS: &str = "\
+    UPDATE pgtandem.progress
+    SET lsn = $3,
+        commit_time = COALESCE(timestamptz 'epoch' + $4::int8 * interval '1 microsecond', commit_time),
+        transactions = transactions + $5::int8,
+        changes = changes + $6::int8
+    WHERE move = $1 AND epoch = $2::int8 AND lsn <= $3::pg_lsn";
+
+/// Appends the values that find the row; tells which columns are NULL, for [`Finder::WholeRow`].
+fn find<'t>(plan: &Plan, before: &'t Tuple, values: &mut Vec<Option<&'t [u8]>>) -> Result<Vec<bool>> {
+    match &plan.finder {
+        Finder::Key(key) => {
+            let row: Vec<Value<'t>> = before.values().collect();
+            for &at in key {
+                let value = row.get(at).copied().unwrap_or(Value::Null);
+                let value = text(value, plan)?.ok_or_else(|| {
+                    Error::bug(format!("the key of a row of table {} is NULL in the stream", plan.name.plain()))
+                })?;
+                values.push(Some(value));
+            }
+            Ok(Vec::new())
+        }
+        Finder::WholeRow => {
+            let mut nulls = Vec::with_capacity(before.len());
+            for value in before.values() {
+                let value = text(value, plan)?;
+                nulls.push(value.is_none());
+                if value.is_some() {
+                    values.push(value);
+                }
+            }
+            Ok(nulls)
+        }
+        Finder::Nothing => Err(Error::new(
+            Class::Operator,
+            "no_replica_identity",
+            format!(
+                "the source sent an update or delete of table {}, which has no replica identity",
+                plan.name.plain()
+            ),
+        )
+        .hint("set REPLICA IDENTITY FULL on the table and copy it again")),
+    }
+}
+
+fn text<'t>(value: Value<'t>, plan: &Plan) -> Result<Option<&'t [u8]>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Text(bytes) => Ok(Some(bytes)),
+        Value::Unchanged | Value::Binary(_) => Err(Error::bug(format!(
+            "the stream leaves out a value of table {} that is needed, or sends it in binary",
+            plan.name.plain()
+        ))),
+    }
+}
+
+fn mark(mask: &mut [bool], at: usize) {
+    if let Some(flag) = mask.get_mut(at) {
+        *flag = true;
+    }
+}
+
+fn check_width(plan: &Plan, tuple: &Tuple) -> Result<()> {
+    if tuple.len() == plan.width() {
+        return Ok(());
+    }
+    Err(Error::bug(format!(
+        "a row of table {} has {} values where the stream announced {}",
+        plan.name.plain(),
+        tuple.len(),
+        plan.width()
+    )))
+}
+
+fn out_of_place(what: &str) -> Error {
+    Error::bug(format!("the stream holds {what} outside a transaction"))
+}
+
+/// Never, if there is no deadline.
+async fn wait_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Reads what the applier needs to know about the move's tables.
+pub(super) fn cuts(tables: &[crate::state::TableRecord]) -> Result<HashMap<QualifiedName, Lsn>> {
+    tables
+        .iter()
+        .map(|table| match table.cut_lsn {
+            Some(cut) => Ok((table.name.clone(), cut)),
+            None => Err(Error::bug(format!("table {} is followed before it was copied", table.name.plain()))),
+        })
+        .collect::<Result<_>>()
+        .doing(|| "preparing to follow")
+}

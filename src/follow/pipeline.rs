@@ -1,0 +1,270 @@
+//! Statements in flight to the target: sent without waiting for each answer, and each answer read.
+//!
+//! Two chunks of statements are under way at most, so that neither side ever waits for the other to read: the answers
+//! to two chunks fit into the sockets' buffers.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::{BufMut, BytesMut};
+use postgres_protocol::message::{backend, frontend};
+
+use super::relation::Plan;
+use crate::error::{Error, Result};
+use crate::postgres::wire::{self, Wire};
+use crate::postgres::{Lsn, QualifiedName};
+
+/// Statements are sent once they make up this much, in bytes.
+const CHUNK: usize = 64 * 1024;
+
+/// So many statements are kept prepared; beyond, all are given up and made again as needed.
+const PREPARED: usize = 2000;
+
+/// What a statement does, for its answer and for errors.
+#[derive(Clone, Debug)]
+pub(super) enum Purpose {
+    /// One row of a table.
+    Row { operation: Operation, plan: Arc<Plan>, at: Position },
+    /// Our own: BEGIN, progress.
+    Own(&'static str),
+}
+
+/// Which prepared statement.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum StatementKey {
+    /// A change of a row: the shape of the relation, and which columns the statement leaves out or finds NULL.
+    Row { generation: u64, operation: Operation, mask: Vec<bool> },
+    /// Our own.
+    Own(&'static str),
+}
+
+/// What happens to a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Operation {
+    Insert,
+    Update,
+    Delete,
+    Truncate,
+}
+
+impl Operation {
+    pub(super) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Insert => "INSERT",
+            Self::Update => "UPDATE",
+            Self::Delete => "DELETE",
+            Self::Truncate => "TRUNCATE",
+        }
+    }
+}
+
+/// Which source transaction a change belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Position {
+    pub commit_lsn: Lsn,
+    pub xid: u32,
+}
+
+/// A row that an UPDATE or DELETE did not find.
+#[derive(Clone, Debug)]
+pub(super) struct Missing {
+    pub table: QualifiedName,
+    pub operation: Operation,
+    pub at: Position,
+}
+
+/// See the module's first lines.
+pub(super) struct Pipeline {
+    wire: Wire,
+    pending: VecDeque<Purpose>,
+    /// How many of the pending statements belong to the chunk that was sent last.
+    last_chunk: usize,
+    /// How many were encoded since.
+    encoded: usize,
+    prepared: HashMap<StatementKey, u32>,
+    next_statement: u32,
+    missing: Vec<Missing>,
+    /// The count of the last answer to one of our own statements.
+    own_count: u64,
+}
+
+impl Pipeline {
+    pub(super) fn new(wire: Wire) -> Self {
+        Self {
+            wire,
+            pending: VecDeque::new(),
+            last_chunk: 0,
+            encoded: 0,
+            prepared: HashMap::new(),
+            next_statement: 0,
+            missing: Vec::new(),
+            own_count: 0,
+        }
+    }
+
+    /// Encodes one statement. `sql` is asked for the text the first time that `key` comes.
+    pub(super) async fn execute<'v>(
+        &mut self,
+        key: StatementKey,
+        sql: impl FnOnce() -> String,
+        values: impl ExactSizeIterator<Item = Option<&'v [u8]>>,
+        purpose: Purpose,
+    ) -> Result<()> {
+        let statement = match self.prepared.get(&key) {
+            Some(&statement) => statement,
+            None => self.prepare(key, &sql())?,
+        };
+        let out = self.wire.outbound();
+        bind(statement, values, out)?;
+        // Execute the unnamed portal, all rows.
+        out.put_slice(b"E\0\0\0\x09\0\0\0\0\0");
+        self.pending.push_back(purpose);
+        self.encoded += 1;
+        if self.wire.outbound().len() >= CHUNK { self.send().await } else { Ok(()) }
+    }
+
+    fn prepare(&mut self, key: StatementKey, sql: &str) -> Result<u32> {
+        if self.prepared.len() >= PREPARED {
+            for statement in self.prepared.values() {
+                frontend::close(b'S', &format!("s{statement}"), self.wire.outbound())?;
+            }
+            self.prepared.clear();
+        }
+        let statement = self.next_statement;
+        self.next_statement += 1;
+        frontend::parse(&format!("s{statement}"), sql, [], self.wire.outbound())?;
+        self.prepared.insert(key, statement);
+        Ok(statement)
+    }
+
+    /// Sends what is encoded, and reads the answers to the chunk before it.
+    pub(super) async fn send(&mut self) -> Result<()> {
+        if self.encoded == 0 {
+            return Ok(());
+        }
+        frontend::flush(self.wire.outbound());
+        self.wire.flush().await?;
+        let before = self.pending.len() - self.encoded;
+        self.last_chunk = std::mem::take(&mut self.encoded);
+        self.answers(before).await
+    }
+
+    /// Sends what is encoded and reads every answer. Then the server waits for us.
+    pub(super) async fn settle(&mut self) -> Result<()> {
+        self.send().await?;
+        self.answers(self.pending.len()).await
+    }
+
+    /// Ends the transaction: COMMIT, and the word that it is durable.
+    pub(super) async fn commit(&mut self) -> Result<()> {
+        self.execute(StatementKey::Own("COMMIT"), || "COMMIT".to_owned(), std::iter::empty(), Purpose::Own("COMMIT"))
+            .await?;
+        frontend::sync(self.wire.outbound());
+        self.encoded = 0;
+        self.wire.flush().await?;
+        self.answers(self.pending.len()).await?;
+        self.wire.finish().await.map(drop)
+    }
+
+    /// Rows that were not found since the last call.
+    pub(super) fn take_missing(&mut self) -> Vec<Missing> {
+        std::mem::take(&mut self.missing)
+    }
+
+    /// Whether a row was not found.
+    pub(super) fn has_missing(&self) -> bool {
+        !self.missing.is_empty()
+    }
+
+    /// How many rows the last of our own statements touched.
+    pub(super) fn own_count(&self) -> u64 {
+        self.own_count
+    }
+
+    async fn answers(&mut self, mut count: usize) -> Result<()> {
+        while count > 0 {
+            let frame = self.wire.frame().await?;
+            match frame.tag {
+                backend::COMMAND_COMPLETE_TAG => {
+                    let purpose = self.pending.pop_front().ok_or_else(|| Error::bug("an answer to no statement"))?;
+                    self.answered(purpose, wire::affected(&frame.body));
+                    count -= 1;
+                }
+                backend::ERROR_RESPONSE_TAG => return Err(self.failed(wire::error_of(&frame.body))),
+                backend::PARSE_COMPLETE_TAG
+                | backend::BIND_COMPLETE_TAG
+                | backend::CLOSE_COMPLETE_TAG
+                | backend::DATA_ROW_TAG
+                | backend::NO_DATA_TAG => {}
+                tag => return Err(wire::unexpected(tag, "applying")),
+            }
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, purpose: Purpose, count: u64) {
+        match purpose {
+            Purpose::Row { operation: operation @ (Operation::Update | Operation::Delete), plan, at } if count == 0 => {
+                self.missing.push(Missing { table: plan.name.clone(), operation, at });
+            }
+            Purpose::Row { .. } => {}
+            Purpose::Own(_) => self.own_count = count,
+        }
+    }
+
+    fn failed(&mut self, error: Error) -> Error {
+        match self.pending.front() {
+            Some(Purpose::Row { operation, plan, at }) => error.doing(format!(
+                "applying {} on table {} (transaction {} committed at {})",
+                operation.as_str(),
+                plan.name.plain(),
+                at.xid,
+                at.commit_lsn
+            )),
+            Some(Purpose::Own(what)) => error.doing(format!("running {what} on the target")),
+            None => error,
+        }
+    }
+}
+
+/// Binds text values to the unnamed portal.
+fn bind<'v>(statement: u32, values: impl ExactSizeIterator<Item = Option<&'v [u8]>>, out: &mut BytesMut) -> Result<()> {
+    let too_large = || Error::bug("a row is too large for one message");
+    let start = out.len();
+    out.put_u8(b'B');
+    out.put_u32(0);
+    out.put_u8(0);
+    out.put_slice(format!("s{statement}").as_bytes());
+    out.put_u8(0);
+    // No format codes: all text.
+    out.put_u16(0);
+    out.put_u16(u16::try_from(values.len()).map_err(|_| too_large())?);
+    for value in values {
+        match value {
+            None => out.put_i32(-1),
+            Some(bytes) => {
+                out.put_i32(i32::try_from(bytes.len()).map_err(|_| too_large())?);
+                out.put_slice(bytes);
+            }
+        }
+    }
+    out.put_u16(0);
+    let length = u32::try_from(out.len() - start - 1).ok().filter(|&l| l <= i32::MAX as u32).ok_or_else(too_large)?;
+    if let Some(field) = out.get_mut(start + 1..start + 5) {
+        field.copy_from_slice(&length.to_be_bytes());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bind_message_is_laid_out_as_the_protocol_says() {
+        let mut out = BytesMut::new();
+        bind(7, [Some(&b"ab"[..]), None].into_iter(), &mut out).unwrap();
+        assert_eq!(&out[..], b"B\0\0\0\x1b\0s7\0\0\0\0\x02\0\0\0\x02ab\xff\xff\xff\xff\0\0");
+        assert_eq!(u32::from_be_bytes([out[1], out[2], out[3], out[4]]) as usize, out.len() - 1);
+    }
+}

@@ -1,0 +1,393 @@
+//! A relation of the stream beside its table on the target: which columns are written, what finds a row.
+//!
+//! [`Plan::new`] is pure: it compares what the stream announces with what the target's catalog says, and refuses
+//! whatever would put a value into the wrong place. The statements are text with `$n` for values, which the server
+//! reads with each column's own input function: values travel as the source printed them.
+
+use std::collections::HashMap;
+
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::pgoutput::Relation;
+use crate::postgres::{Lsn, QualifiedName, Session, quote_identifier};
+
+/// Types below this oid are built in and have the same oid everywhere (`FirstNormalObjectId`).
+const FIRST_USER_OID: u32 = 16384;
+
+/// A table as the target's catalog describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TargetTable {
+    /// `pg_class.relkind` is `p`.
+    pub partitioned: bool,
+    pub columns: Vec<TargetColumn>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TargetColumn {
+    pub name: String,
+    pub type_oid: u32,
+    pub type_name: QualifiedName,
+    pub type_modifier: i32,
+    pub generated: bool,
+    pub primary_key: bool,
+    /// The equality of the index that finds rows by this column, as `OPERATOR(schema.=)`.
+    pub equality: Option<String>,
+}
+
+/// `$1` schema, `$2` name.
+///
+/// The equality comes from the operator family of an index over the column (the primary key's first), because a type of
+/// an extension has its `=` in the extension's schema, which is on no search path of ours.
+const TARGET_TABLE: &str = r"
+    SELECT c.relkind = 'p', a.attname::text, a.atttypid, tn.nspname::text, t.typname::text, a.atttypmod,
+           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
+    LEFT JOIN LATERAL (
+        SELECT i.indisprimary AS primary_key,
+               pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname) AS operator
+        FROM pg_catalog.pg_index i
+        CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) k(attnum, opclass)
+        JOIN pg_catalog.pg_opclass oc ON oc.oid = k.opclass
+        JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
+        JOIN pg_catalog.pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3
+             AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+        JOIN pg_catalog.pg_operator op ON op.oid = ao.amopopr
+        JOIN pg_catalog.pg_namespace opn ON opn.oid = op.oprnamespace
+        WHERE i.indrelid = c.oid AND k.attnum = a.attnum AND i.indisvalid AND i.indpred IS NULL
+        ORDER BY i.indisprimary DESC, i.indisreplident DESC, i.indisunique DESC, i.indexrelid
+        LIMIT 1) ix ON true
+    WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')
+    ORDER BY a.attnum";
+
+/// Reads the table from the target's catalog; `None` if there is none of that name.
+pub(super) async fn read_target(session: &Session, name: &QualifiedName) -> Result<Option<TargetTable>> {
+    let rows = session
+        .query(TARGET_TABLE, &[&name.schema, &name.name])
+        .await
+        .doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
+    let Some(first) = rows.first() else { return Ok(None) };
+    let partitioned = first.try_get(0)?;
+    let mut columns = Vec::with_capacity(rows.len());
+    for row in &rows {
+        // A table without columns is one row of NULLs.
+        let Some(name) = row.try_get::<_, Option<String>>(1)? else { continue };
+        columns.push(TargetColumn {
+            name,
+            type_oid: row.try_get(2)?,
+            type_name: QualifiedName { schema: row.try_get(3)?, name: row.try_get(4)? },
+            type_modifier: row.try_get(5)?,
+            generated: row.try_get(6)?,
+            primary_key: row.try_get(7)?,
+            equality: row.try_get(8)?,
+        });
+    }
+    Ok(Some(TargetTable { partitioned, columns }))
+}
+
+/// How a row of the relation is found on the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Finder {
+    /// By these columns: positions in the relation.
+    Key(Vec<usize>),
+    /// By all columns, one row of those that look the same.
+    WholeRow,
+    /// Not at all: the source publishes inserts only.
+    Nothing,
+}
+
+/// What to do with the changes of one relation.
+#[derive(Debug)]
+pub(super) struct Plan {
+    /// Tells this shape of the relation from an earlier one, in the names of prepared statements.
+    pub generation: u64,
+    pub name: QualifiedName,
+    /// Changes of transactions that committed before this are in the copy already.
+    pub cut: Option<Lsn>,
+    pub finder: Finder,
+    columns: Vec<PlannedColumn>,
+    partitioned: bool,
+}
+
+#[derive(Debug)]
+struct PlannedColumn {
+    /// Quoted.
+    name: String,
+    /// The target computes generated columns itself.
+    written: bool,
+    equality: String,
+}
+
+impl Plan {
+    /// Matches columns by name. `types` are the names of the source's types that are not built in.
+    ///
+    /// # Errors
+    /// Class operator: the target's table is missing, misses a column, or has one of another type.
+    pub(super) fn new(
+        relation: &Relation,
+        target: Option<&TargetTable>,
+        types: &HashMap<u32, QualifiedName>,
+        cut: Option<Lsn>,
+        generation: u64,
+    ) -> Result<Self> {
+        let table = relation.name.plain();
+        let Some(target) = target else {
+            return Err(Error::new(Class::Operator, "table_missing", format!("the target has no table {table}"))
+                .hint(format!("create {} on the target as it is on the source, then start again", relation.name)));
+        };
+        let mut columns = Vec::with_capacity(relation.columns.len());
+        for column in &relation.columns {
+            let Some(found) = target.columns.iter().find(|c| c.name == column.name) else {
+                return Err(shape(&table, format!("column {:?} is missing on the target", column.name)));
+            };
+            let same_type = if column.type_oid < FIRST_USER_OID {
+                column.type_oid == found.type_oid && column.type_modifier == found.type_modifier
+            } else {
+                types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
+            };
+            if !same_type {
+                return Err(shape(&table, format!("column {:?} has another type on the target", column.name)));
+            }
+            columns.push(PlannedColumn {
+                name: quote_identifier(&column.name),
+                written: !found.generated,
+                equality: found.equality.clone().unwrap_or_else(|| "OPERATOR(pg_catalog.=)".to_owned()),
+            });
+        }
+        Ok(Self {
+            generation,
+            name: relation.name.clone(),
+            cut,
+            finder: finder(relation, target),
+            columns,
+            partitioned: target.partitioned,
+        })
+    }
+
+    /// How many values a row of the stream has.
+    pub(super) fn width(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// Whether the column at this position is written at all.
+    pub(super) fn is_written(&self, at: usize) -> bool {
+        self.columns.get(at).is_some_and(|c| c.written)
+    }
+
+    /// `INSERT` of all written columns, in the relation's order.
+    pub(super) fn insert(&self) -> String {
+        let names: Vec<_> = self.columns.iter().filter(|c| c.written).map(|c| c.name.as_str()).collect();
+        if names.is_empty() {
+            return format!("INSERT INTO {} DEFAULT VALUES", self.name);
+        }
+        let values: Vec<_> = (1..=names.len()).map(|n| format!("${n}")).collect();
+        // Values of identity columns come from the source, GENERATED ALWAYS or not.
+        format!(
+            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})",
+            self.name,
+            names.join(", "),
+            values.join(", ")
+        )
+    }
+
+    /// `UPDATE` of the columns at `set`, in that order, then what finds the row.
+    ///
+    /// `nulls` tells, for [`Finder::WholeRow`], which columns of the old row are NULL and take no parameter.
+    pub(super) fn update(&self, set: &[usize], nulls: &[bool]) -> String {
+        let mut next = 0;
+        let mut parameter = || {
+            next += 1;
+            format!("${next}")
+        };
+        let mut assignments: Vec<String> = set
+            .iter()
+            .filter_map(|&at| self.columns.get(at))
+            .map(|column| format!("{} = {}", column.name, parameter()))
+            .collect();
+        if assignments.is_empty() {
+            // Nothing that we write changed, but the row must be there all the same.
+            let any = self.columns.iter().find(|c| c.written).map_or("ctid", |c| c.name.as_str());
+            assignments.push(format!("{any} = {any}"));
+        }
+        let condition = self.condition(&mut parameter, nulls);
+        format!("UPDATE {}{} SET {} WHERE {condition}", self.only(), self.name, assignments.join(", "))
+    }
+
+    /// `DELETE` of what is found. For `nulls` see [`Plan::update`].
+    pub(super) fn delete(&self, nulls: &[bool]) -> String {
+        let mut next = 0;
+        let mut parameter = || {
+            next += 1;
+            format!("${next}")
+        };
+        let condition = self.condition(&mut parameter, nulls);
+        format!("DELETE FROM {}{} WHERE {condition}", self.only(), self.name)
+    }
+
+    /// The name as TRUNCATE wants it.
+    pub(super) fn truncated(&self) -> String {
+        format!("{}{}", self.only(), self.name)
+    }
+
+    /// Children of an inheritance parent are relations of their own in the stream.
+    fn only(&self) -> &'static str {
+        if self.partitioned { "" } else { "ONLY " }
+    }
+
+    fn condition(&self, parameter: &mut impl FnMut() -> String, nulls: &[bool]) -> String {
+        match &self.finder {
+            Finder::Key(key) => key
+                .iter()
+                .filter_map(|&at| self.columns.get(at))
+                .map(|column| format!("{} {} {}", column.name, column.equality, parameter()))
+                .collect::<Vec<_>>()
+                .join(" AND "),
+            Finder::WholeRow => {
+                // Compared as printed: works for types without equality, and tells 1.0 from 1.00. Of rows that look
+                // the same any one will do, but only one.
+                let alike = self
+                    .columns
+                    .iter()
+                    .enumerate()
+                    .map(|(at, column)| {
+                        if nulls.get(at).copied().unwrap_or(false) {
+                            format!("{} IS NULL", column.name)
+                        } else {
+                            format!(
+                                "pg_catalog.format('%s', {0}) = {1}::text AND {0} IS NOT NULL",
+                                column.name,
+                                parameter()
+                            )
+                        }
+                    })
+                    .collect::<Vec<_>>();
+                let alike = if alike.is_empty() { "true".to_owned() } else { alike.join(" AND ") };
+                format!(
+                    "(tableoid, ctid) = (SELECT tableoid, ctid FROM {}{} WHERE {alike} LIMIT 1)",
+                    self.only(),
+                    self.name
+                )
+            }
+            Finder::Nothing => "false".to_owned(),
+        }
+    }
+}
+
+/// Under REPLICA IDENTITY FULL the target's primary key finds the row faster than the whole row, if the old row that
+/// the stream brings holds all of it.
+fn finder(relation: &Relation, target: &TargetTable) -> Finder {
+    let position = |name: &str| relation.columns.iter().position(|c| c.name == name);
+    let flagged: Vec<usize> = relation.columns.iter().enumerate().filter(|(_, c)| c.key).map(|(at, _)| at).collect();
+    match relation.identity {
+        b'f' => {
+            let key: Option<Vec<usize>> =
+                target.columns.iter().filter(|c| c.primary_key).map(|c| position(&c.name)).collect();
+            match key {
+                Some(key) if !key.is_empty() => Finder::Key(key),
+                _ => Finder::WholeRow,
+            }
+        }
+        _ if flagged.is_empty() => Finder::Nothing,
+        _ => Finder::Key(flagged),
+    }
+}
+
+fn shape(table: &str, what: String) -> Error {
+    Error::new(Class::Operator, "shape_differs", format!("table {table} differs between the sides: {what}"))
+        .hint("make the same change to the table on the target, then start again; nothing of the change was applied")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::pgoutput::RelationColumn;
+
+    fn relation(identity: u8, columns: &[(&str, bool, u32)]) -> Relation {
+        Relation {
+            oid: 1,
+            name: QualifiedName::new("public", "t"),
+            identity,
+            columns: columns
+                .iter()
+                .map(|(name, key, type_oid)| RelationColumn {
+                    name: (*name).into(),
+                    key: *key,
+                    type_oid: *type_oid,
+                    type_modifier: -1,
+                })
+                .collect(),
+        }
+    }
+
+    fn target(columns: &[(&str, u32, bool, bool)]) -> TargetTable {
+        TargetTable {
+            partitioned: false,
+            columns: columns
+                .iter()
+                .map(|(name, type_oid, primary_key, generated)| TargetColumn {
+                    name: (*name).into(),
+                    type_oid: *type_oid,
+                    type_name: QualifiedName::new("pg_catalog", "int4"),
+                    type_modifier: -1,
+                    generated: *generated,
+                    primary_key: *primary_key,
+                    equality: Some("OPERATOR(pg_catalog.=)".into()),
+                })
+                .collect(),
+        }
+    }
+
+    fn plan(relation: &Relation, target: &TargetTable) -> Result<Plan> {
+        Plan::new(relation, Some(target), &HashMap::new(), None, 0)
+    }
+
+    #[test]
+    fn rows_are_found_by_their_key() {
+        let plan = plan(
+            &relation(b'd', &[("id", true, 23), ("v", false, 25)]),
+            &target(&[("v", 25, false, false), ("id", 23, true, false)]),
+        )
+        .unwrap();
+        assert_eq!(plan.insert(), r#"INSERT INTO "public"."t" ("id", "v") OVERRIDING SYSTEM VALUE VALUES ($1, $2)"#);
+        assert_eq!(
+            plan.update(&[1], &[]),
+            r#"UPDATE ONLY "public"."t" SET "v" = $1 WHERE "id" OPERATOR(pg_catalog.=) $2"#
+        );
+        assert_eq!(plan.delete(&[]), r#"DELETE FROM ONLY "public"."t" WHERE "id" OPERATOR(pg_catalog.=) $1"#);
+    }
+
+    #[test]
+    fn a_full_identity_uses_the_primary_key_of_the_target_if_there_is_one() {
+        let full = relation(b'f', &[("id", true, 23), ("v", true, 25)]);
+        let keyed = target(&[("id", 23, true, false), ("v", 25, false, false)]);
+        assert_eq!(plan(&full, &keyed).unwrap().finder, Finder::Key(vec![0]));
+        let keyless = target(&[("id", 23, false, false), ("v", 25, false, false)]);
+        let whole = plan(&full, &keyless).unwrap();
+        assert_eq!(whole.finder, Finder::WholeRow);
+        let sql = whole.delete(&[false, true]);
+        assert!(sql.contains("LIMIT 1") && sql.contains(r#""v" IS NULL"#) && sql.contains("$1") && !sql.contains("$2"));
+    }
+
+    #[test]
+    fn generated_columns_are_left_to_the_target() {
+        let plan = plan(
+            &relation(b'd', &[("id", true, 23), ("sum", false, 23)]),
+            &target(&[("id", 23, true, false), ("sum", 23, false, true)]),
+        )
+        .unwrap();
+        assert!(!plan.insert().contains("sum"));
+    }
+
+    #[test]
+    fn another_shape_is_refused_before_a_row_is_applied() {
+        let source = relation(b'd', &[("id", true, 23), ("v", false, 25)]);
+        let missing = plan(&source, &target(&[("id", 23, true, false)])).unwrap_err();
+        assert_eq!((missing.code(), missing.class()), ("shape_differs", Class::Operator));
+        let other = plan(&source, &target(&[("id", 20, true, false), ("v", 25, false, false)])).unwrap_err();
+        assert_eq!(other.code(), "shape_differs");
+        let gone = Plan::new(&source, None, &HashMap::new(), None, 0).unwrap_err();
+        assert_eq!(gone.code(), "table_missing");
+    }
+}
