@@ -264,7 +264,7 @@ mod tests {
     fn a_bind_message_is_laid_out_as_the_protocol_says() {
         let mut out = BytesMut::new();
         bind(7, [Some(&b"ab"[..]), None].into_iter(), &mut out).unwrap();
-        assert_eq!(&out[..], b"B\0\0\0\x1b\0s7\0\0\0\0\x02\0\0\0\x02ab\xff\xff\xff\xff\0\0");
+        assert_eq!(&out[..], b"B\0\0\0\x18\0s7\0\0\0\0\x02\0\0\0\x02ab\xff\xff\xff\xff\0\0");
         assert_eq!(u32::from_be_bytes([out[1], out[2], out[3], out[4]]) as usize, out.len() - 1);
     }
 }
