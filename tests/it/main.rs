@@ -1,0 +1,8 @@
+//! The tests against real PostgreSQL servers, in one binary: one subject, one file.
+//!
+//! `scripts/provision.sh` brings the servers; `make test` does both. CONTRIBUTING.md says how to run one.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod harness;
+
+mod harness_itself;
