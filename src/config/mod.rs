@@ -3,6 +3,15 @@
 //! Whoever holds a `Config` never checks it again: names, sizes, durations, addresses and connection strings
 //! are parsed here, and a value out of range is an error that names the key, the value and the range.
 
+pub mod environment;
+mod judge;
+pub mod keys;
+pub mod settings;
+mod units;
+
+pub use environment::Environment;
+pub use settings::{Flags, Settings};
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -262,3 +271,6 @@ pub enum LogFormat {
     /// One JSON object a line.
     Json,
 }
+
+#[cfg(test)]
+mod tests;
