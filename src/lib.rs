@@ -33,6 +33,7 @@
 pub mod config;
 pub mod error;
 pub mod postgres;
+pub mod preflight;
 pub mod state;
 pub mod telemetry;
 
