@@ -19,7 +19,6 @@ const FACTS: &str = r"
     SELECT pg_catalog.current_setting('server_version_num')::int4,
            pg_catalog.current_setting('server_version'),
            current_user::text,
-           r.rolsuper,
            pg_catalog.pg_is_in_recovery(),
            pg_catalog.current_database()::text
     FROM pg_catalog.pg_roles r WHERE r.rolname = current_user";
@@ -38,7 +37,6 @@ pub(super) struct Facts {
     pub(super) version_num: i32,
     pub(super) version: String,
     pub(super) user: String,
-    pub(super) superuser: bool,
     pub(super) in_recovery: bool,
     pub(super) database: String,
 }
@@ -92,9 +90,8 @@ impl<'a> Place<'a> {
             version_num: row.try_get(0)?,
             version: row.try_get(1)?,
             user: row.try_get(2)?,
-            superuser: row.try_get(3)?,
-            in_recovery: row.try_get(4)?,
-            database: row.try_get(5)?,
+            in_recovery: row.try_get(3)?,
+            database: row.try_get(4)?,
         };
         Ok(Self { side, client, facts })
     }

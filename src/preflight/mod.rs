@@ -81,6 +81,8 @@ pub async fn run(config: &Config, source: &Server, target: &Server) -> Report {
             false
         }
     };
+    let role = replication::connection(source).await;
+    answer(&mut found, Side::Source, "whether a replication connection is let in", role);
     found.extend(examine(config, &source_sessions[0], &target_sessions[0], begun).await);
     Report::new(found)
 }
@@ -92,8 +94,8 @@ async fn sessions(server: &Server) -> Result<[Session; 2]> {
 
 /// What the addresses alone tell.
 fn addresses(server: &Server) -> Vec<Finding> {
-    let _ = (server, pooled::by_address);
-    Vec::new()
+    let hosts = server.conninfo().hosts().iter().filter(|host| !host.is_unix());
+    hosts.filter_map(|host| pooled::by_address(server.side(), &host.name(), host.port)).collect()
 }
 
 /// Everything that is asked over one session on each side.

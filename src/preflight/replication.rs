@@ -7,7 +7,8 @@ use super::Finding;
 use super::finding::kinds;
 use super::look::{Look, Place};
 use crate::error::Result;
-use crate::postgres::{Side, quote_identifier, quote_literal};
+use crate::postgres::wire::{Mode, Wire};
+use crate::postgres::{Server, Side, quote_identifier, quote_literal};
 
 const SLOTS: &str = r"
     SELECT pg_catalog.current_setting('max_replication_slots')::int8, count(*),
@@ -73,6 +74,11 @@ kinds! {
         what: "the source's role may not replicate",
         why: "it can neither make the slot nor read from it",
         fix: "ALTER ROLE … REPLICATION; on RDS: GRANT rds_replication TO …",
+    }
+    REPLICATION_REFUSED = Blocking "replication_refused" {
+        what: "the source refuses a replication connection",
+        why: "the changes are streamed over one; it passes rules of its own (pg_hba.conf, the role's attributes, poolers)",
+        fix: "let the role connect for logical replication: REPLICATION on the role, a line of pg_hba.conf, the server's own address",
     }
     OLD_TRANSACTION = Warning "old_transaction" {
         what: "a transaction that writes has been open for more than a minute",
@@ -167,6 +173,19 @@ pub(super) async fn right(source: &Place<'_>) -> Result<Vec<Finding>> {
         // The name was refused, so the right is there; or wal_level was, which has a check of its own.
         Some(&SqlState::INVALID_NAME | &SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) => Ok(Vec::new()),
         _ => Err(error.into()),
+    }
+}
+
+/// Opens a replication connection and closes it again: nothing is started on it.
+pub(super) async fn connection(source: &Server) -> Result<Vec<Finding>> {
+    match Wire::connect(source, "check", Mode::Replication, &[]).await {
+        Ok(wire) => {
+            wire.close().await;
+            Ok(Vec::new())
+        }
+        // Lack of the attribute and of a free walsender have checks of their own.
+        Err(error) if matches!(error.sqlstate(), Some("42501" | "53300")) => Ok(Vec::new()),
+        Err(error) => Ok(vec![REPLICATION_REFUSED.on(Side::Source, error.to_string())]),
     }
 }
 
