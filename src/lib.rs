@@ -34,6 +34,7 @@ pub mod config;
 pub mod error;
 pub mod follow;
 pub mod postgres;
+pub mod preflight;
 pub mod state;
 pub mod telemetry;
 

@@ -1,0 +1,240 @@
+//! Whether our roles may do what a move does. Asked by doing wherever that leaves no trace: inside a transaction
+//! that is rolled back, with a short lock timeout.
+
+use tokio_postgres::error::SqlState;
+
+use super::finding::kinds;
+use super::look::{Attempt, Look, Place};
+use super::{Finding, Kind};
+use crate::config::Fence;
+use crate::error::{Error, Result};
+use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::{QualifiedName, Side, quote_identifier};
+
+const PROBE_PUBLICATION: &str = "CREATE PUBLICATION pgtandem_probe";
+const PROBE_SCHEMA: &str = "CREATE SCHEMA pgtandem_probe";
+const PROBE_REPLICATION_ROLE: &str = "SET LOCAL session_replication_role = replica";
+
+/// Publishing a table takes its ownership; these are the tables of somebody else, with their owner.
+fn not_owned() -> String {
+    format!(
+        r"
+        SELECT n.nspname::text, c.relname::text, pg_catalog.pg_get_userbyid(c.relowner)::text
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.relpersistence = 'p'
+          AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE') AND {IS_USER_TABLE}
+        ORDER BY 1, 2"
+    )
+}
+
+/// COPY and pg_dump read every table, LOCK takes a right to write it.
+fn without(privilege: &str, kinds: &str) -> String {
+    format!(
+        r"
+        SELECT n.nspname::text, c.relname::text
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ({kinds}) AND c.relpersistence = 'p' AND NOT ({privilege}) AND {IS_USER_TABLE}
+        ORDER BY 1, 2"
+    )
+}
+
+const MAY_READ: &str = "pg_catalog.has_table_privilege(c.oid, 'SELECT')";
+const MAY_READ_SEQUENCE: &str = "pg_catalog.has_sequence_privilege(c.oid, 'SELECT')";
+const MAY_LOCK: &str = "pg_catalog.has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')";
+
+/// Schemas that hold something of the move and that we may not look into.
+fn closed_schemas() -> String {
+    format!(
+        r"
+        SELECT DISTINCT n.nspname::text
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'S') AND NOT pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND {IS_USER_TABLE}
+        ORDER BY 1"
+    )
+}
+
+/// Tables whose row-level security applies to us: COPY under row_security=off is refused there.
+fn row_security() -> String {
+    format!(
+        r"
+        SELECT n.nspname::text, c.relname::text
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND c.relrowsecurity
+          AND pg_catalog.row_security_active(c.oid) AND {IS_USER_TABLE}
+        ORDER BY 1, 2"
+    )
+}
+
+kinds! {
+    NO_PUBLICATION_RIGHT = Blocking "no_publication_right" {
+        what: "the source's role may not make a publication",
+        why: "the publication says which tables the stream carries",
+        fix: "GRANT CREATE ON DATABASE … TO …",
+    }
+    NOT_OWNER = Blocking "not_owner" {
+        what: "tables are owned by a role that the source's role is not a member of",
+        why: "only its owner may publish a table",
+        fix: "GRANT owner TO role",
+    }
+    NO_SELECT = Blocking "no_select" {
+        what: "tables or sequences of the source cannot be read",
+        why: "their content cannot be copied",
+        fix: "GRANT SELECT ON … TO …",
+    }
+    NO_SCHEMA_USAGE = Blocking "no_schema_usage" {
+        what: "schemas of the source cannot be entered",
+        why: "nothing in them can be read",
+        fix: "GRANT USAGE ON SCHEMA … TO …",
+    }
+    NO_LOCK_RIGHT = Blocking "no_lock_right" {
+        what: "tables of the source cannot be locked",
+        why: "the fence of a cutover stops writes by locking every table",
+        fix: "GRANT UPDATE ON … TO …, or cutover.fence = \"read-only\"",
+    }
+    ROW_SECURITY = Blocking "row_security" {
+        what: "row-level security of the source would hide rows from the copy",
+        why: "a filtered copy is a wrong copy; PostgreSQL refuses it under row_security = off, and so do we",
+        fix: "ALTER ROLE … BYPASSRLS",
+    }
+    TARGET_NO_CREATE = Blocking "target_no_create" {
+        what: "the target's role may not make schemas",
+        why: "neither the schema of the source nor pgtandem's own state can be made",
+        fix: "GRANT CREATE ON DATABASE … TO …",
+    }
+    NO_REPLICATION_ROLE = Info "no_session_replication_role" {
+        what: "the target refuses session_replication_role",
+        why: "triggers and foreign keys cannot be silenced by it, so they are held back until the cutover instead",
+        fix: "",
+    }
+}
+
+/// Whether the source lets us make a publication, and publish each table.
+pub(super) async fn publishing(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let source = &look.source;
+    if let Attempt::Refused(words) = source.attempt(PROBE_PUBLICATION).await? {
+        let fix = format!(
+            "GRANT CREATE ON DATABASE {} TO {};",
+            quote_identifier(&source.facts.database),
+            quote_identifier(&source.facts.user)
+        );
+        return Ok(vec![NO_PUBLICATION_RIGHT.on(Side::Source, words).fix(fix)]);
+    }
+    Ok(Vec::new())
+}
+
+/// Tables that belong to somebody else. The catalog decides except where it says no: some providers let their
+/// administrator publish what it does not own, so one such table is tried.
+pub(super) async fn ownership(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let source = &look.source;
+    let foreign = look.in_scope(source.client.query(&not_owned(), &[]).await?)?;
+    let Some((first, _)) = foreign.first() else { return Ok(Vec::new()) };
+    let probe = format!("{PROBE_PUBLICATION} FOR TABLE ONLY {first}");
+    if matches!(source.attempt(&probe).await, Ok(Attempt::Allowed)) {
+        return Ok(Vec::new());
+    }
+    let user = quote_identifier(&source.facts.user);
+    let mut owners = Vec::new();
+    for (_, row) in &foreign {
+        owners.push(row.try_get::<_, String>(2)?);
+    }
+    owners.sort();
+    owners.dedup();
+    let fix = owners.iter().map(|owner| format!("GRANT {} TO {user};", quote_identifier(owner))).collect::<Vec<_>>();
+    let what =
+        format!("{} belong to {}, not to {}", tables(foreign.len()), owners.join(", "), source.facts.user);
+    let objects = foreign.iter().map(|(name, _)| name.plain()).collect();
+    Ok(vec![NOT_OWNER.on(Side::Source, what).fix(fix.join("\n")).objects(objects)])
+}
+
+/// Whether everything in scope can be read.
+pub(super) async fn reading(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let source = &look.source;
+    let mut unreadable = look.names_in_scope(source.client.query(&without(MAY_READ, "'r', 'p'"), &[]).await?)?;
+    unreadable.extend(look.names_in_scope(source.client.query(&without(MAY_READ_SEQUENCE, "'S'"), &[]).await?)?);
+    let what = format!("{} of the {} cannot be read", unreadable.len(), "tables and sequences in scope");
+    Ok(refused(&NO_SELECT, source, what, "SELECT", &unreadable))
+}
+
+pub(super) async fn schemas(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let closed = look.source.list(&closed_schemas()).await?;
+    if closed.is_empty() {
+        return Ok(Vec::new());
+    }
+    let user = quote_identifier(&look.source.facts.user);
+    let fix = closed.iter().map(|name| format!("GRANT USAGE ON SCHEMA {} TO {user};", quote_identifier(name)));
+    let fix = fix.collect::<Vec<_>>().join("\n");
+    let what = format!("{} may not enter {}", look.source.facts.user, closed.join(", "));
+    Ok(vec![NO_SCHEMA_USAGE.on(Side::Source, what).fix(fix).objects(closed)])
+}
+
+/// The locks of the fence, which any one of three rights allows.
+pub(super) async fn locking(look: &Look<'_>) -> Result<Vec<Finding>> {
+    if look.config.cutover.fence != Fence::Lock {
+        return Ok(Vec::new());
+    }
+    let source = &look.source;
+    let unlockable = look.names_in_scope(source.client.query(&without(MAY_LOCK, "'r'"), &[]).await?)?;
+    let what = format!("{} cannot be locked against writes", tables(unlockable.len()));
+    Ok(refused(&NO_LOCK_RIGHT, source, what, "UPDATE", &unlockable))
+}
+
+pub(super) async fn row_level_security(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let hidden = look.names_in_scope(look.source.client.query(&row_security(), &[]).await?)?;
+    if hidden.is_empty() {
+        return Ok(Vec::new());
+    }
+    let what = format!("row-level security of {} applies to {}", tables(hidden.len()), look.source.facts.user);
+    let fix = format!("ALTER ROLE {} BYPASSRLS;", quote_identifier(&look.source.facts.user));
+    Ok(vec![ROW_SECURITY.on(Side::Source, what).fix(fix).objects(plain(&hidden))])
+}
+
+/// Making schemas on the target.
+pub(super) async fn creating(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let target = &look.target;
+    let Attempt::Refused(words) = attempt_write(target, PROBE_SCHEMA).await? else { return Ok(Vec::new()) };
+    let fix = format!(
+        "GRANT CREATE ON DATABASE {} TO {};",
+        quote_identifier(&target.facts.database),
+        quote_identifier(&target.facts.user)
+    );
+    Ok(vec![TARGET_NO_CREATE.on(Side::Target, words).fix(fix)])
+}
+
+pub(super) async fn replication_role(target: &Place<'_>) -> Result<Vec<Finding>> {
+    match target.attempt(PROBE_REPLICATION_ROLE).await? {
+        Attempt::Allowed => Ok(Vec::new()),
+        Attempt::Refused(words) => Ok(vec![NO_REPLICATION_ROLE.on(Side::Target, words)]),
+    }
+}
+
+/// A read-only target has a finding of its own; it says nothing about rights.
+async fn attempt_write(target: &Place<'_>, sql: &str) -> Result<Attempt> {
+    match target.attempt(sql).await {
+        Err(error) if error.sqlstate() == Some(SqlState::READ_ONLY_SQL_TRANSACTION.code()) => Ok(Attempt::Allowed),
+        other => other,
+    }
+}
+
+fn refused(kind: &Kind, place: &Place<'_>, what: String, privilege: &str, names: &[QualifiedName]) -> Vec<Finding> {
+    if names.is_empty() {
+        return Vec::new();
+    }
+    let user = quote_identifier(&place.facts.user);
+    let fix = names.iter().map(|name| format!("GRANT {privilege} ON {name} TO {user};")).collect::<Vec<_>>();
+    vec![kind.on(place.side, what).fix(fix.join("\n")).objects(plain(names))]
+}
+
+/// Names for people.
+pub(super) fn plain(names: &[QualifiedName]) -> Vec<String> {
+    names.iter().map(QualifiedName::plain).collect()
+}
+
+/// `1 table`, `7 tables`.
+pub(super) fn tables(count: usize) -> String {
+    if count == 1 { "1 table".to_owned() } else { format!("{count} tables") }
+}
+
+/// A row of text columns becomes an error of ours, not a panic.
+pub(super) fn text(row: &tokio_postgres::Row, at: usize) -> Result<String> {
+    row.try_get::<_, String>(at).map_err(Error::from)
+}
