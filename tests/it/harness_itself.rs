@@ -162,6 +162,24 @@ async fn the_binary_runs_for_the_versions_that_were_asked_for() {
     assert!(killed.code.is_none_or(|code| code == 0), "{killed}");
 }
 
+#[tokio::test]
+async fn the_client_programs_reach_every_server_that_they_are_made_for() {
+    for server in VERSIONS {
+        let cluster = Cluster::start(server).await;
+        cluster.execute("create table carried (id int)").await;
+        for client in [16, 18].into_iter().filter(|&client| client >= server) {
+            let dump = Command::new(client_program(client, "pg_dump"))
+                .args(["--schema-only", "--dbname", &cluster.url("postgres", "postgres")])
+                .output()
+                .expect("start pg_dump");
+            let printed = String::from_utf8_lossy(&dump.stdout);
+            let said = String::from_utf8_lossy(&dump.stderr);
+            assert!(dump.status.success(), "pg_dump {client} of {server}: {said}");
+            assert!(printed.contains("CREATE TABLE public.carried"), "pg_dump {client} of {server}: {printed}");
+        }
+    }
+}
+
 fn shared_memory_segment(data: &std::path::Path) -> String {
     let text = std::fs::read_to_string(data.join("postmaster.pid")).expect("pid file");
     text.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)).expect("segment").to_owned()
