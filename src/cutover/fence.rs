@@ -1,0 +1,312 @@
+//! The fence: what stops writes on the source, certainly and for no longer than it must.
+//!
+//! It has two stages.
+//!
+//! 1. **Closed**: one transaction holds `SHARE ROW EXCLUSIVE` on every table of the move. Writers wait, readers do not.
+//!    It lifts by itself whatever happens to us: the server rolls the transaction back when the connection ends.
+//! 2. **Sealed**: that transaction also makes the trigger function of every table refuse writes, and commits. Waiting
+//!    writers wake up, look at the function again, and get an error that says where the database went. Nobody slips
+//!    through between the two, because the function changes while the locks are held.
+//!
+//! The triggers exist before the fence closes, with a function that does nothing, so that sealing is one statement
+//! however many tables there are. They are statement-level and `ENABLE ALWAYS`: a session that sets
+//! `session_replication_role` or `default_transaction_read_only` for itself is refused like any other. Statement triggers
+//! fire for the table that a statement names, so partitioned tables have them as well as their partitions.
+//!
+//! Lifting a sealed fence is again one statement: the function does nothing. It takes no lock on any table.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_literal};
+
+/// How long one attempt waits for the locks while it holds others: writers queue behind us meanwhile. The first attempts
+/// give way soon; the later ones outlast `deadlock_timeout` (1 s), after which an autovacuum worker gives way to us.
+const PATIENCE: [Duration; 4] =
+    [Duration::from_millis(300), Duration::from_millis(600), Duration::from_millis(1500), Duration::from_millis(2500)];
+
+/// How long making a trigger may keep a table's writers waiting.
+const TRIGGER_LOCK: &str = "500ms";
+
+/// The names that a fence has on the source.
+pub(super) struct Names {
+    function_name: String,
+    trigger_name: String,
+}
+
+impl Names {
+    pub(super) fn of(move_name: &str) -> Self {
+        Self { function_name: format!("fence_{move_name}"), trigger_name: format!("pgtandem_{move_name}_fence") }
+    }
+
+    fn function(&self) -> String {
+        format!("pgtandem.{}", quote_identifier(&self.function_name))
+    }
+
+    fn open_function(&self) -> String {
+        self.replace_function("RETURN NULL;")
+    }
+
+    /// 25006 is `read_only_sql_transaction`, which connection pools and frameworks know as "reconnect".
+    fn refusing_function(&self, move_name: &str) -> String {
+        let message = format!("this database has moved to another server (pgtandem move {move_name})");
+        self.replace_function(&format!(
+            "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = {},
+             HINT = 'Reconnect with the address of the new server.';",
+            quote_literal(&message)
+        ))
+    }
+
+    fn replace_function(&self, body: &str) -> String {
+        format!(
+            "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SET search_path = '' AS
+             $fence$ BEGIN {body} END $fence$",
+            self.function()
+        )
+    }
+}
+
+/// The tables of the move on the source, with the partitioned tables above them.
+pub(super) async fn tables(source: &Server, moved: &[QualifiedName]) -> Result<Vec<QualifiedName>> {
+    let session = source.connect("fence").await?;
+    let rows = session
+        .query(
+            &format!(
+                "SELECT n.nspname::text, c.relname::text, c.relkind = 'p',
+                        ARRAY(SELECT a.relid::oid FROM pg_catalog.pg_partition_ancestors(c.oid) a), c.oid
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+                 ORDER BY 1, 2"
+            ),
+            &[],
+        )
+        .await
+        .doing(|| "listing the tables to fence")?;
+    let moved: HashSet<&QualifiedName> = moved.iter().collect();
+    let mut above: HashSet<u32> = HashSet::new();
+    let mut all = Vec::with_capacity(rows.len());
+    for row in &rows {
+        let name = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+        let partitioned: bool = row.try_get(2)?;
+        if !partitioned && moved.contains(&name) {
+            above.extend(row.try_get::<_, Vec<u32>>(3)?);
+        }
+        all.push((name, partitioned, row.try_get::<_, u32>(4)?));
+    }
+    let fenced = |(name, partitioned, oid): &(QualifiedName, bool, u32)| {
+        if *partitioned { above.contains(oid) } else { moved.contains(name) }
+    };
+    Ok(all.into_iter().filter(fenced).map(|(name, _, _)| name).collect())
+}
+
+/// Makes the function and the triggers that sealing will need. Each table is locked for an instant only.
+pub(super) async fn prepare(source: &Server, names: &Names, tables: &[QualifiedName], deadline: Instant) -> Result<()> {
+    let session = source.connect("fence").await?;
+    // Whoever may write must also be able to call the function, or its refusal would read "permission denied".
+    session
+        .batch_execute(&format!(
+            "SET client_min_messages = error;
+             CREATE SCHEMA IF NOT EXISTS pgtandem;
+             GRANT USAGE ON SCHEMA pgtandem TO PUBLIC;
+             {}",
+            names.open_function()
+        ))
+        .await
+        .doing(|| "preparing the fence: the schema pgtandem on the source")?;
+    let fenced = already_fenced(&session, names).await?;
+    for table in tables.iter().filter(|table| !fenced.contains(table)) {
+        prepare_table(&session, names, table, deadline)
+            .await
+            .doing(|| format!("preparing the fence on table {}", table.plain()))?;
+    }
+    Ok(())
+}
+
+async fn prepare_table(session: &Session, names: &Names, table: &QualifiedName, deadline: Instant) -> Result<()> {
+    let trigger = quote_identifier(&names.trigger_name);
+    loop {
+        let made = session
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL lock_timeout = '{TRIGGER_LOCK}';
+                 DROP TRIGGER IF EXISTS {trigger} ON {table};
+                 CREATE TRIGGER {trigger} BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {table}
+                     FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+                 ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger};
+                 COMMIT",
+                function = names.function(),
+            ))
+            .await;
+        let Err(error) = made else { return Ok(()) };
+        let error = Error::from(error);
+        session.batch_execute("ROLLBACK").await.doing(|| "giving the lock back")?;
+        if error.code() != "lock_not_available" || Instant::now() >= deadline {
+            return Err(error);
+        }
+        tracing::info!(table = %table.plain(), "the table is locked; trying again to prepare its fence");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn already_fenced(session: &Session, names: &Names) -> Result<HashSet<QualifiedName>> {
+    let rows = session
+        .query(
+            "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_trigger t
+             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE t.tgname = $1 AND t.tgenabled = 'A'",
+            &[&names.trigger_name],
+        )
+        .await
+        .doing(|| "looking for the fence's triggers")?;
+    rows.iter().map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? })).collect()
+}
+
+/// A closed fence; drops open.
+pub(super) struct Fence {
+    session: Session,
+    /// Since when writers may have waited.
+    pub closed_at: Instant,
+}
+
+/// Closes the fence: gets every lock in one statement, or gives all of them back and tries again.
+pub(super) async fn close(source: &Server, tables: &[QualifiedName], deadline: Instant) -> Result<Fence> {
+    let session = source.connect("fence").await?;
+    let list = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
+    let lock = if tables.is_empty() { String::new() } else { format!("LOCK TABLE {list} IN SHARE ROW EXCLUSIVE MODE") };
+    for attempt in 0.. {
+        let patience = PATIENCE.get(attempt).or(PATIENCE.last()).copied().unwrap_or_default();
+        let patience = patience.min(deadline.saturating_duration_since(Instant::now()));
+        if patience.is_zero() {
+            break;
+        }
+        let closed_at = Instant::now();
+        let locked = session
+            .batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{}ms'; {lock}", patience.as_millis().max(1)))
+            .await;
+        let Err(error) = locked else { return Ok(Fence { session, closed_at }) };
+        let error = Error::from(error);
+        session.batch_execute("ROLLBACK").await.doing(|| "giving the locks of the fence back")?;
+        if !matches!(error.code(), "lock_not_available" | "deadlock_detected") {
+            return Err(error.doing("closing the fence"));
+        }
+        tracing::info!(attempt, holders = %holders(&session).await, "the fence is not closed yet; writers are let through");
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let holders = holders(&session).await;
+    let message = format!("the tables could not be locked in time; locks are held by {holders}");
+    Err(Error::new(Class::No, "fence_timeout", message)
+        .hint("end these transactions or wait for them, or raise the timeout; writes on the source go on"))
+}
+
+/// `$1`: nothing. Locks that keep the fence open, with those who hold them.
+const HOLDERS: &str = r"
+    SELECT DISTINCT
+        CASE WHEN l.pid IS NULL THEN 'prepared transaction ' || COALESCE(pg_catalog.quote_literal(p.gid), '?')
+             ELSE 'pid ' || l.pid || ' (' || COALESCE(a.usename::text, '?') || ', ' || COALESCE(a.application_name, '')
+                  || ', ' || COALESCE(a.state, '?') || ', transaction open for '
+                  || COALESCE(pg_catalog.date_trunc('seconds', pg_catalog.now() - a.xact_start)::text, '?') || ')' END
+    FROM pg_catalog.pg_locks l
+    LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+    LEFT JOIN pg_catalog.pg_prepared_xacts p ON l.virtualtransaction = '-1/' || p.transaction::text
+    WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+      AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+      AND l.relation >= 16384
+      AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+    LIMIT 10";
+
+/// Who holds locks that keep the fence open, as far as we may see.
+async fn holders(session: &Session) -> String {
+    match session.query(HOLDERS, &[]).await {
+        Ok(rows) if rows.is_empty() => "nobody any more".to_owned(),
+        Ok(rows) => {
+            let named = rows.iter().filter_map(|row| row.try_get::<_, Option<String>>(0).ok().flatten());
+            named.collect::<Vec<_>>().join(", ")
+        }
+        Err(error) => format!("sessions that could not be listed ({})", Error::from(error)),
+    }
+}
+
+impl Fence {
+    /// Refuses writes from now on, and lets the waiting writers have their refusal. After an error nobody knows
+    /// whether it took hold; [`is_sealed`] tells.
+    pub(super) async fn seal(self, names: &Names, move_name: &str) -> Result<()> {
+        self.session
+            .batch_execute(&format!("{}; COMMIT", names.refusing_function(move_name)))
+            .await
+            .doing(|| "sealing the fence")
+    }
+
+    /// Lets the writers go on.
+    pub(super) async fn open(self) {
+        if self.session.batch_execute("ROLLBACK").await.is_err() {
+            tracing::debug!("the fence's connection is gone, and its locks with it");
+        }
+    }
+}
+
+/// Whether writes on the source are refused.
+pub(super) async fn is_sealed(source: &Server, move_name: &str) -> Result<bool> {
+    let session = source.connect("fence").await?;
+    let row = session
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+             WHERE n.nspname = 'pgtandem' AND p.proname = $1 AND p.prosrc LIKE '%RAISE EXCEPTION%')",
+            &[&Names::of(move_name).function_name],
+        )
+        .await
+        .doing(|| "looking whether the fence stands")?;
+    Ok(row.try_get(0)?)
+}
+
+/// Lets writes on the source happen again. Does nothing if the fence never stood.
+pub(super) async fn lift(source: &Server, move_name: &str) -> Result<()> {
+    if !is_sealed(source, move_name).await? {
+        return Ok(());
+    }
+    let session = source.connect("fence").await?;
+    session.batch_execute(&Names::of(move_name).open_function()).await.doing(|| "lifting the fence on the source")
+}
+
+/// Removes triggers, function and, if nothing else is in it, the schema. Writes are let in again.
+///
+/// # Errors
+/// The connection's, or a table stayed locked.
+pub async fn remove(source: &Server, move_name: &str) -> Result<()> {
+    let names = Names::of(move_name);
+    let session = source.connect("fence").await?;
+    let exists: bool = session
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+             WHERE n.nspname = 'pgtandem' AND p.proname = $1)",
+            &[&names.function_name],
+        )
+        .await
+        .doing(|| "looking for the fence")?
+        .try_get(0)?;
+    if exists {
+        session
+            .batch_execute(&format!(
+                "{}; SET lock_timeout = '10s'; SET client_min_messages = error; DROP FUNCTION {}() CASCADE",
+                names.open_function(),
+                names.function()
+            ))
+            .await
+            .doing(|| "removing the fence from the source")?;
+    }
+    let empty: bool = session
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname = 'pgtandem'
+                 AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relnamespace = n.oid)
+                 AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.pronamespace = n.oid))",
+            &[],
+        )
+        .await
+        .doing(|| "looking for the schema pgtandem on the source")?
+        .try_get(0)?;
+    if empty {
+        session.batch_execute("DROP SCHEMA pgtandem").await.doing(|| "removing the schema pgtandem from the source")?;
+    }
+    Ok(())
+}
