@@ -30,6 +30,7 @@
 //!
 //! One direction, one owner per step, queues bounded in bytes between them.
 
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod follow;

@@ -1,7 +1,7 @@
-//! Parse, set up logging, call the command, map the error to an exit code.
+//! The program: everything is in the library, beginning with [`pgtandem::cli::main`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    pgtandem::cli::main(std::env::args_os())
 }

@@ -140,7 +140,8 @@ fn what_is_not_built_yet_is_refused_by_name() {
 fn a_broken_file_is_a_clear_error_without_its_secrets() {
     let said = problem("[source]\nurl = \"postgresql://u:sEcr3t@h/d\n[target]\n");
     assert!(said.contains("line 2") && said.contains("not TOML") && !said.contains("sEcr3t"), "{said}");
-    let said = load("[source]\nurl = 'postgresql://u:sEcr3t@sEcr3t@h/d'", Environment::default()).unwrap_err().to_string();
+    let said =
+        load("[source]\nurl = 'postgresql://u:sEcr3t@sEcr3t@h/d'", Environment::default()).unwrap_err().to_string();
     assert!(said.contains("source.url") && said.contains("%40") && !said.contains("sEcr3t"), "{said}");
 
     let gather = |path: &Path| {

@@ -38,7 +38,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
 /// The largest binary unit that divides `bytes`: `32MiB`.
 pub(super) fn show_size(bytes: u64) -> String {
     let unit = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match unit.iter().find(|(factor, _)| bytes > 0 && bytes % factor == 0) {
+    match unit.iter().find(|(factor, _)| bytes > 0 && bytes.is_multiple_of(*factor)) {
         Some((factor, name)) => format!("{}{name}", bytes / factor),
         None => format!("{bytes}B"),
     }

@@ -170,6 +170,7 @@ impl Server {
             }
             match self.in_time(route, self.start_session(role, route, wanted)).await {
                 Ok(session) => {
+                    self.warn_of_plain_text(&failures, route);
                     *self.0.known_good.lock().unwrap_or_else(PoisonError::into_inner) = Some(route);
                     return Ok(session);
                 }
@@ -177,6 +178,14 @@ impl Server {
             }
         }
         Err(summary(failures))
+    }
+
+    /// Falling back to plain text under `prefer` is what libpq does, but nobody should learn of it by chance.
+    fn warn_of_plain_text(&self, failures: &[(Route, Error)], taken: Route) {
+        let tls = failures.iter().find(|(route, _)| route.encrypted && route.host == taken.host);
+        if let (false, Some((_, error))) = (taken.encrypted, tls) {
+            tracing::warn!(side = self.side().as_str(), "not encrypted (sslmode=prefer), because TLS failed: {error}");
+        }
     }
 
     /// A stream on which the server waits for the startup message, and the certificate's `tls-server-end-point` for
@@ -313,7 +322,8 @@ impl Server {
                 _ => error,
             };
         }
-        let text = error.to_string();
+        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        let text = format!("{error}: {cause}");
         if text.contains("password missing") {
             let hint = match self.ask_password(host) {
                 Found::Unusable(why) => why,
@@ -324,8 +334,7 @@ impl Server {
                 .because(error);
         }
         if text.contains("channel binding") || text.contains("authentication") {
-            let said = std::error::Error::source(&error).map_or_else(|| text.clone(), ToString::to_string);
-            return Error::new(Class::Wait, "authentication_refused", format!("the login cannot go on: {said}"))
+            return Error::new(Class::Wait, "authentication_refused", format!("the login cannot go on: {cause}"))
                 .hint("channel_binding=require needs TLS and a password stored as SCRAM; GSSAPI and SSPI are not supported")
                 .because(error);
         }

@@ -278,11 +278,20 @@ pub fn explain(error: std::io::Error, host: &str, authorities: Option<&Authoriti
             "the server's certificate is not valid yet".into(),
             "check the clocks of this machine and of the server".into(),
         ),
-        Tls::InvalidCertificate(CertificateError::UnknownIssuer) => (
-            "tls_unknown_authority",
-            format!("the server's certificate comes from an authority that is not trusted ({})", trusted(authorities)),
-            "name the file of the server's authority with sslrootcert; managed services offer it for download".into(),
-        ),
+        // A self-signed certificate that is not among the authorities is reported as one used in the wrong place.
+        Tls::InvalidCertificate(reason)
+            if *reason == CertificateError::UnknownIssuer || reason.to_string().contains("CaUsedAsEndEntity") =>
+        {
+            (
+                "tls_unknown_authority",
+                format!(
+                    "the server's certificate comes from an authority that is not trusted ({})",
+                    trusted(authorities)
+                ),
+                "name the file of the server's authority with sslrootcert; managed services offer it for download"
+                    .into(),
+            )
+        }
         Tls::InvalidCertificate(
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
         ) => (

@@ -3,6 +3,8 @@
 //! The rest of the code reports what happened, once, through [`Telemetry`]; how it is shown is decided here. No call
 //! blocks, waits or fails: seeing must never hold up moving.
 
+pub mod logs;
+
 use std::time::Duration;
 
 use crate::error::Error;

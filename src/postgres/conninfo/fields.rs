@@ -136,9 +136,8 @@ fn last<'a>(pairs: &'a Pairs, keyword: &str) -> Option<&'a str> {
 
 /// Types every value.
 pub(super) fn from_pairs(pairs: &Pairs, ambient: &Ambient) -> Result<ConnInfo> {
-    let user = match last(pairs, "user").map(str::to_owned).or_else(|| ambient.user.clone()) {
-        Some(user) => user,
-        None => return Err(invalid("no user is given and the system does not say who runs this; add user=…")),
+    let Some(user) = last(pairs, "user").map(str::to_owned).or_else(|| ambient.user.clone()) else {
+        return Err(invalid("no user is given and the system does not say who runs this; add user=…"));
     };
     refuse_gssencmode(pairs)?;
     let passfile = last(pairs, "passfile")
