@@ -39,7 +39,6 @@ fn without(privilege: &str, kinds: &str) -> String {
 }
 
 const MAY_READ: &str = "pg_catalog.has_table_privilege(c.oid, 'SELECT')";
-const MAY_READ_SEQUENCE: &str = "pg_catalog.has_sequence_privilege(c.oid, 'SELECT')";
 const MAY_LOCK: &str = "pg_catalog.has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')";
 
 /// Schemas that hold something of the move and that we may not look into.
@@ -149,9 +148,8 @@ pub(super) async fn ownership(look: &Look<'_>) -> Result<Vec<Finding>> {
 /// Whether everything in scope can be read.
 pub(super) async fn reading(look: &Look<'_>) -> Result<Vec<Finding>> {
     let source = &look.source;
-    let mut unreadable = look.names_in_scope(source.client.query(&without(MAY_READ, "'r', 'p'"), &[]).await?)?;
-    unreadable.extend(look.names_in_scope(source.client.query(&without(MAY_READ_SEQUENCE, "'S'"), &[]).await?)?);
-    let what = format!("{} of the {} cannot be read", unreadable.len(), "tables and sequences in scope");
+    let unreadable = look.names_in_scope(source.client.query(&without(MAY_READ, "'r', 'p', 'S'"), &[]).await?)?;
+    let what = format!("{} tables and sequences cannot be read by {}", unreadable.len(), source.facts.user);
     Ok(refused(&NO_SELECT, source, what, "SELECT", &unreadable))
 }
 
