@@ -31,6 +31,7 @@
 //! One direction, one owner per step, queues bounded in bytes between them.
 
 pub mod config;
+pub mod copy;
 pub mod error;
 pub mod follow;
 pub mod postgres;
