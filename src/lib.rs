@@ -32,6 +32,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod copy;
 pub mod error;
 pub mod follow;
 pub mod postgres;

@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, MutexGuard};
 pub use journal::{CutoverRecord, CutoverState, StepRecord};
 pub use leadership::Leadership;
 pub use request::{Request, RequestKind, RequestState};
-pub use tables::{TableRecord, TableState, copied_sql};
+pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
 
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};

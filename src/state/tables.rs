@@ -72,7 +72,43 @@ pub fn copied_sql(move_name: &str, table: &QualifiedName, cut: Lsn, rows: u64, b
     )
 }
 
+/// The statement that opens a table for being copied in parts, in the transaction that empties it.
+#[must_use]
+pub fn copying_sql(move_name: &str, table: &QualifiedName) -> String {
+    format!(
+        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0
+         WHERE move = {} AND schema_name = {} AND table_name = {}",
+        quote_literal(move_name),
+        quote_literal(&table.schema),
+        quote_literal(&table.name),
+    )
+}
+
+/// Fails with a division by zero (22012), and with it the transaction, unless `epoch` is the move's. Until the
+/// transaction ends no other daemon can take the move, so it stands right before the COMMIT.
+#[must_use]
+pub fn fence_sql(move_name: &str, epoch: i64) -> String {
+    format!(
+        "SELECT 1 / count(*) FROM (
+             SELECT FROM pgtandem.progress WHERE move = {} AND epoch = {epoch} FOR SHARE) AS mine",
+        quote_literal(move_name),
+    )
+}
+
 impl Store {
+    /// Every table that is not copied yet was copied by hand under this cut.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn record_all_copied(&self, cut: Lsn) -> Result<()> {
+        self.execute(&format!(
+            "UPDATE pgtandem.copy_table SET state = 'copied', cut_lsn = '{cut}' WHERE move = {} AND state <> 'copied'",
+            quote_literal(self.name.as_str())
+        ))
+        .await
+        .doing(|| "recording the tables as copied")
+    }
+
     /// Adds the tables that are not known yet, as pending. Known ones keep their state.
     ///
     /// `tables` is name and size in bytes.

@@ -1,0 +1,262 @@
+//! The first copy: every row of the cut, from the source straight into the target.
+//!
+//! Owns the publications, the cut, the plan, the workers and the statistics afterwards. Promises that a table is
+//! recorded as copied if and only if the target holds exactly the rows that its cut shows, whatever dies when.
+//!
+//! # Why a death at any moment is survived
+//!
+//! *A table that one worker copies* is emptied, filled and recorded as `copied` in one target transaction. It is there
+//! whole, with its cut, or not at all.
+//!
+//! *A table that several workers copy in parts* passes through three durable steps:
+//!
+//! 1. One transaction records it as `copying` and empties it. No part begins before that is committed.
+//! 2. Each part commits its rows on its own.
+//! 3. Once the last of this run's parts is committed, one transaction records it as `copied`.
+//!
+//! Death before 1: the table is `pending` and untouched. Between 1 and 3: it is `copying` and holds some parts; the next
+//! run begins at 1 again, under another cut, and throws them away. After 3: it is whole. A part of the dead run
+//! whose COMMIT is still on its way holds a lock on the table, so the emptying waits for it and removes it too.
+//!
+//! A table that is `pending` was never touched by us. Rows in it are someone else's: an error, never a TRUNCATE.
+//!
+//! *Two daemons:* each transaction that changes a table's state also reads the move's epoch and fails if it is
+//! another's; the row stays locked until the commit, so that a successor begins after it.
+//!
+//! All workers import the snapshot before the first row is copied. From then on the walsender that exported it is not
+//! needed, and a connection that is lost later ends this run, for its snapshot cannot be had again: the caller takes
+//! another cut and runs the copy again, which leaves finished tables alone.
+
+mod analyze;
+mod blockers;
+pub mod by_hand;
+pub mod cut;
+pub mod plan;
+pub mod publication;
+pub mod pump;
+mod statements;
+mod worker;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub use analyze::analyze;
+
+use crate::config::{self, Scope};
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::catalog::{self, Table};
+use crate::postgres::replication::{Cut, Walsender};
+use crate::postgres::{QualifiedName, Server, Session};
+use crate::state::{Store, TableState};
+use crate::telemetry::Telemetry;
+use plan::{Plan, Planned, Splitting, Unit};
+use pump::Moved;
+use worker::Worker;
+
+/// What a copy needs.
+#[derive(Clone)]
+pub struct Context {
+    /// Where the rows are.
+    pub source: Server,
+    /// Where they go.
+    pub target: Server,
+    /// The state of the move.
+    pub store: Store,
+    /// The number of this daemon, from [`crate::state::Leadership`].
+    pub epoch: i64,
+    /// Which tables move.
+    pub scope: Scope,
+    /// `[copy]`
+    pub settings: config::Copy,
+    /// Hears how far it is.
+    pub telemetry: Telemetry,
+    /// Stops it between two gulps.
+    pub cancel: CancellationToken,
+}
+
+/// How the copy ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every table in scope is copied.
+    Complete,
+    /// It was told to stop. Finished tables stay.
+    Stopped,
+}
+
+/// How often the state hears how far tables in flight are, for `status`.
+const REPORT_EVERY: Duration = Duration::from_secs(2);
+
+/// The stop of a copy that was told to stop, where there is no better way to say it.
+pub(super) fn stopped() -> Error {
+    Error::new(Class::Retry, "stopped", "the copy was told to stop")
+}
+
+/// Copies every table in scope that the state does not know as copied, under `cut`, which `exporter` holds.
+///
+/// The publications must hold these tables since before the cut, and the cut must be recorded; see [`publication`] and
+/// [`cut`]. Not to be dropped in the middle of a step: when it is, the connections go and the servers roll back.
+///
+/// # Errors
+/// The first error of any worker, with its table; the others are stopped. Class retry: run it again under another
+/// cut. Class operator: a table's shape changed, or a table of the target is not empty.
+pub async fn run(context: &Context, exporter: Walsender, cut: &Cut) -> Result<Outcome> {
+    tokio::select! {
+        biased;
+        () = context.cancel.cancelled() => Ok(Outcome::Stopped),
+        done = copy(context, exporter, cut) => done.map(|()| Outcome::Complete),
+    }
+}
+
+async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
+    let plan = look(context, cut).await?;
+    if plan.units.is_empty() {
+        exporter.close().await;
+        return Ok(());
+    }
+    let count = context.settings.workers.get().min(plan.units.len());
+    let workers = connect(context, cut, count).await?;
+    exporter.close().await;
+    tracing::info!(tables = plan.tables.len(), units = plan.units.len(), workers = count, "copying");
+    let job = Arc::new(Job::new(context.clone(), cut.clone(), plan));
+    worker::open_divided_tables(&job).await?;
+    let mut running = JoinSet::new();
+    for worker in workers {
+        running.spawn(worker.work(Arc::clone(&job)));
+    }
+    // Dropping the set, at the first error or when this is dropped, ends the others.
+    let all = async {
+        while let Some(done) = running.join_next().await {
+            done.map_err(|e| Error::bug(format!("a copy worker ended: {e}")))??;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        done = all => done,
+        never = report(&job) => match never {},
+    }
+}
+
+/// Reads the catalog as the cut shows it, makes the plan and writes it down.
+async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
+    let session = context.source.connect("copy").await?;
+    session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
+    let mut tables = catalog::tables(&*session).await?;
+    tables.retain(|table| context.scope.contains(&table.name.schema, &table.name.name));
+    let name = context.store.name();
+    let unpublished =
+        publication::unpublished(&*session, [name.publication(), name.insert_publication()], &tables).await?;
+    if let Some(table) = unpublished.first() {
+        return Err(Error::new(
+            Class::Retry,
+            "table_not_published",
+            format!("the table {} was made while the cut was taken; it is published next time", table.plain()),
+        ));
+    }
+    let splitting = splitting(&session, &context.settings).await?;
+    session.batch_execute("COMMIT").await?;
+    let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
+    context.store.plan_tables(&sizes).await?;
+    let records = context.store.tables().await?;
+    for record in &records {
+        let (rows, bytes) = if record.state == TableState::Copied { (record.rows, record.bytes) } else { (0, 0) };
+        context.telemetry.copy_table(&record.name, record.state, rows, bytes, record.bytes_total);
+    }
+    Ok(plan::plan(tables, &records, splitting))
+}
+
+/// Whether and how the source can be read in ranges of blocks.
+async fn splitting(session: &Session, settings: &config::Copy) -> Result<Option<Splitting>> {
+    if version(session).await? < 140_000 {
+        tracing::info!("the source is older than PostgreSQL 14: a large table is copied by one worker");
+        return Ok(None);
+    }
+    let row = session.query_one("SELECT pg_catalog.current_setting('block_size')::int8", &[]).await?;
+    let block_size = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(8192);
+    Ok(Some(Splitting { above: settings.split_above, block_size, workers: settings.workers.get() }))
+}
+
+/// `server_version_num`
+pub(crate) async fn version(session: &Session) -> Result<i32> {
+    let row = session.query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?;
+    Ok(row.try_get(0)?)
+}
+
+/// All workers, each with the snapshot imported.
+async fn connect(context: &Context, cut: &Cut, count: usize) -> Result<Vec<Worker>> {
+    let connecting = (0..count).map(|_| Worker::connect(context, cut));
+    futures_util::future::try_join_all(connecting).await
+}
+
+/// What all workers of a run share.
+struct Job {
+    context: Context,
+    cut: Cut,
+    tables: Vec<InFlight>,
+    queue: Mutex<VecDeque<Unit>>,
+}
+
+/// A planned table and how far it is.
+struct InFlight {
+    planned: Planned,
+    parts_left: AtomicUsize,
+    rows: AtomicU64,
+    bytes: AtomicU64,
+    touched: AtomicBool,
+}
+
+impl Job {
+    fn new(context: Context, cut: Cut, plan: Plan) -> Self {
+        let tables = plan
+            .tables
+            .into_iter()
+            .map(|planned| InFlight {
+                parts_left: AtomicUsize::new(planned.parts),
+                planned,
+                rows: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
+                touched: AtomicBool::new(false),
+            })
+            .collect();
+        Self { context, cut, tables, queue: Mutex::new(plan.units.into()) }
+    }
+
+    fn next(&self) -> Option<Unit> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+impl InFlight {
+    fn table(&self) -> &Table {
+        &self.planned.table
+    }
+
+    fn advanced(&self, more: Moved) {
+        self.rows.fetch_add(more.rows, Ordering::Relaxed);
+        self.bytes.fetch_add(more.bytes, Ordering::Relaxed);
+    }
+
+    fn so_far(&self) -> Moved {
+        Moved { rows: self.rows.load(Ordering::Relaxed), bytes: self.bytes.load(Ordering::Relaxed) }
+    }
+}
+
+/// Keeps the state informed about tables in flight. Never ends, and never holds the copy up.
+async fn report(job: &Job) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(REPORT_EVERY).await;
+        let in_flight: Vec<_> = job
+            .tables
+            .iter()
+            .filter(|t| t.touched.load(Ordering::Relaxed) && t.parts_left.load(Ordering::Relaxed) > 0)
+            .map(|t| (t.table().name.clone(), t.so_far().rows, t.so_far().bytes))
+            .collect();
+        if let Err(error) = job.context.store.report_copying(&in_flight).await {
+            tracing::debug!(%error, "cannot report how far the copy is");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The SQL of the copy, for both sides. No I/O.
+
+use crate::postgres::catalog::Table;
+use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
+
+use super::plan::Blocks;
+
+/// Set on both connections of a worker, beyond what every connection pins: `money` and `xml` print and read the same
+/// on both sides, and rows arrive in the order of the heap. `transaction_timeout` exists from 17 on.
+pub(super) const BOTH_SIDES: &str = "\
+    SET lc_monetary = 'C';
+    SET xmloption = content;
+    SET synchronize_seqscans = off;
+    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
+
+/// How long a worker stands in the queue of a lock on the source before it steps aside for a moment.
+pub(super) const SOURCE_LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";
+
+/// Nothing fires on the target while rows arrive; a role that may not say so goes on without.
+pub(super) const REPLICA_ROLE: &str = "SET session_replication_role = replica";
+
+/// Begins a transaction that sees exactly what the cut holds.
+pub(super) fn import_snapshot(snapshot: &str) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; SAVEPOINT unit",
+        quote_literal(snapshot)
+    )
+}
+
+/// Ends a unit on the source: its lock goes, the snapshot stays.
+pub(super) const RELEASE: &str = "ROLLBACK TO SAVEPOINT unit";
+
+/// Locks a table against being rewritten, and asks whether it was since the cut.
+///
+/// The row of `pg_class` is read as the snapshot shows it, while `pg_relation_filenode` answers for this moment. They
+/// differ after TRUNCATE, VACUUM FULL, CLUSTER and an ALTER TABLE that rewrites. The last one empties a table for older
+/// snapshots, and any of them moves rows between ranges of blocks.
+pub(super) fn lock(table: &Table) -> String {
+    format!(
+        "LOCK TABLE ONLY {name} IN ACCESS SHARE MODE;
+         SELECT c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) AND c.oid = {literal}::pg_catalog.regclass
+         FROM pg_catalog.pg_class c WHERE c.oid = {oid}",
+        name = table.name,
+        literal = quote_literal(&table.name.to_string()),
+        oid = table.oid,
+    )
+}
+
+/// Reads a table, or the rows that stood in a range of its blocks.
+pub(super) fn read(table: &Table, blocks: Option<Blocks>) -> String {
+    let Some(blocks) = blocks else {
+        return format!("COPY {}{} TO STDOUT", table.name, column_list(table));
+    };
+    let from = format!("ctid >= '({},0)'::pg_catalog.tid", blocks.from);
+    let to = blocks.to.map(|to| format!(" AND ctid < '({to},0)'::pg_catalog.tid")).unwrap_or_default();
+    format!("COPY (SELECT {} FROM ONLY {} WHERE {from}{to}) TO STDOUT", columns(table), table.name)
+}
+
+/// Writes rows into a table. A table that was emptied in the same transaction takes them as frozen, which spares the
+/// target a rewrite by autovacuum later.
+pub(super) fn write(table: &Table, emptied: bool) -> String {
+    let freeze = if emptied { " WITH (FREEZE)" } else { "" };
+    format!("COPY {}{} FROM STDIN{freeze}", table.name, column_list(table))
+}
+
+/// Whether a table of the target holds any row.
+pub(super) fn is_empty(table: &QualifiedName) -> String {
+    format!("SELECT NOT EXISTS (SELECT FROM ONLY {table})")
+}
+
+/// Empties a table of the target.
+pub(super) fn empty(table: &QualifiedName) -> String {
+    format!("TRUNCATE ONLY {table}")
+}
+
+/// The columns that are copied: those that each side does not compute itself.
+fn columns(table: &Table) -> String {
+    table.columns.iter().filter(|c| !c.generated).map(|c| quote_identifier(&c.name)).collect::<Vec<_>>().join(", ")
+}
+
+/// ` (a, b)`, or nothing where no column is copied: COPY knows no empty list, and leaves generated columns out itself.
+fn column_list(table: &Table) -> String {
+    let columns = columns(table);
+    if columns.is_empty() { columns } else { format!(" ({columns})") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::catalog::{Column, ReplicaIdentity};
+
+    fn table(columns: &[(&str, bool)]) -> Table {
+        Table {
+            oid: 1,
+            name: QualifiedName::new("s", "t\"x"),
+            columns: columns
+                .iter()
+                .map(|&(name, generated)| Column {
+                    name: name.to_owned(),
+                    type_name: "int4".to_owned(),
+                    generated,
+                    identity_always: false,
+                })
+                .collect(),
+            primary_key: Vec::new(),
+            identity: ReplicaIdentity::Nothing,
+            root: None,
+            heap_bytes: 0,
+            bytes: 0,
+        }
+    }
+
+    #[test]
+    fn generated_columns_are_left_out_on_both_sides() {
+        let table = table(&[("a", false), ("b", true), ("c d", false)]);
+        assert_eq!(read(&table, None), r#"COPY "s"."t""x" ("a", "c d") TO STDOUT"#);
+        assert_eq!(write(&table, true), r#"COPY "s"."t""x" ("a", "c d") FROM STDIN WITH (FREEZE)"#);
+    }
+
+    #[test]
+    fn a_table_without_columns_is_copied_without_a_list() {
+        for columns in [&[][..], &[("g", true)]] {
+            assert_eq!(read(&table(columns), None), r#"COPY "s"."t""x" TO STDOUT"#);
+            assert_eq!(write(&table(columns), false), r#"COPY "s"."t""x" FROM STDIN"#);
+        }
+    }
+
+    #[test]
+    fn the_last_range_has_no_end() {
+        let table = table(&[("a", false)]);
+        let first = read(&table, Some(Blocks { from: 0, to: Some(7) }));
+        assert!(first.ends_with("WHERE ctid >= '(0,0)'::pg_catalog.tid AND ctid < '(7,0)'::pg_catalog.tid) TO STDOUT"));
+        let last = read(&table, Some(Blocks { from: 7, to: None }));
+        assert!(last.ends_with("WHERE ctid >= '(7,0)'::pg_catalog.tid) TO STDOUT"));
+    }
+}
