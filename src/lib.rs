@@ -35,6 +35,7 @@ pub mod error;
 pub mod follow;
 pub mod postgres;
 pub mod preflight;
+pub mod schema;
 pub mod state;
 pub mod telemetry;
 
