@@ -13,6 +13,7 @@ use tokio::process::Command;
 use super::failure;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::Server;
+use crate::postgres::server::REMOVED_FROM_CHILDREN;
 
 /// The list of a hundred thousand tables with everything on them is about 40 MB.
 const MAX_STDOUT: u64 = 256 << 20;
@@ -68,7 +69,11 @@ impl Child {
     /// The same; `on_line` sees each line of stderr as it comes.
     pub(super) async fn run_watched(self, on_line: impl FnMut(&str)) -> Result<String> {
         let name = self.program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        for variable in REMOVED_FROM_CHILDREN {
+            command.env_remove(variable);
+        }
+        let mut child = command
             .args(&self.arguments)
             .envs(self.environment)
             .stdin(Stdio::null())

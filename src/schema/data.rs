@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn a_folder_of_somebody_else_is_refused() {
         let place = tempfile::tempdir().unwrap();
-        std::fs::write(place.path().join("holiday.jpg"), "").unwrap();
+        fs::write(place.path().join("holiday.jpg"), "").unwrap();
         let error = DataArchive::open(place.path(), &name(), "source 1").unwrap_err();
         assert_eq!(error.code(), "archive_folder_taken");
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
