@@ -37,6 +37,7 @@ pub mod error;
 pub mod follow;
 pub mod postgres;
 pub mod preflight;
+pub mod schema;
 pub mod state;
 pub mod telemetry;
 

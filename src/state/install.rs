@@ -17,6 +17,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.move (
     slot_lsn         pg_lsn,
     last_cut_lsn     pg_lsn,
     constraints_done boolean NOT NULL DEFAULT false,
+    schema_unfinished boolean NOT NULL DEFAULT false,
     error            jsonb,
     created_at       timestamptz NOT NULL DEFAULT now()
 );

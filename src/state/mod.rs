@@ -4,6 +4,7 @@
 //! that only the daemon that holds the move ([`Leadership`]) changes it: each write of data carries the daemon's
 //! epoch, and an older epoch changes nothing. Must never hold a password or the data of a row.
 
+mod held_back;
 mod install;
 mod journal;
 mod leadership;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Mutex, MutexGuard};
 
+pub use held_back::HeldBack;
 pub use journal::{CutoverRecord, CutoverState, StepRecord};
 pub use leadership::Leadership;
 pub use request::{Request, RequestKind, RequestState};

@@ -1,0 +1,174 @@
+//! Foreign keys where the target's role may not set `session_replication_role`.
+//!
+//! There, an enforced foreign key would fire for every row that following applies, and refuse states between two rows of
+//! one transaction. So they are added when the last row is in, inside the write pause, as NOT VALID: that is quick, and
+//! it holds for every new row. The old rows are checked after the switch, beside the application.
+//! A partitioned table takes no NOT VALID foreign key before version 18; its keys are checked at once.
+
+use std::collections::HashSet;
+
+use crate::error::{Doing, Result};
+use crate::postgres::{QualifiedName, Server, Session, quote_identifier};
+
+/// The foreign keys of a source.
+#[derive(Clone, Debug, Default)]
+pub struct ForeignKeys(Vec<ForeignKey>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ForeignKey {
+    table: QualifiedName,
+    name: String,
+    /// `FOREIGN KEY (…) REFERENCES …`, every name qualified.
+    definition: String,
+    validated: bool,
+    partitioned: bool,
+    comment: Option<String>,
+}
+
+const READ: &str = r"
+    SELECT 'pg_catalog.pg_constraint'::pg_catalog.regclass::oid, k.oid, n.nspname, c.relname, k.conname::text,
+           pg_catalog.pg_get_constraintdef(k.oid), k.convalidated, c.relkind = 'p',
+           pg_catalog.obj_description(k.oid, 'pg_constraint')
+    FROM pg_catalog.pg_constraint k
+    JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE k.contype = 'f' AND k.conparentid = 0 AND ";
+
+impl ForeignKeys {
+    /// Reads them from the source; `left_out` names constraints that do not travel.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn read(source: &Session, left_out: &HashSet<(u32, u32)>) -> Result<Self> {
+        let sql = format!("{READ} {} ORDER BY 3, 4, 5", crate::postgres::catalog::IS_USER_TABLE);
+        let rows = source.query(&sql, &[]).await.doing(|| "reading the foreign keys")?;
+        let mut keys = Vec::new();
+        for row in &rows {
+            if left_out.contains(&(row.try_get(0)?, row.try_get(1)?)) {
+                continue;
+            }
+            keys.push(ForeignKey {
+                table: QualifiedName { schema: row.try_get(2)?, name: row.try_get(3)? },
+                name: row.try_get(4)?,
+                definition: row.try_get(5)?,
+                validated: row.try_get(6)?,
+                partitioned: row.try_get(7)?,
+                comment: row.try_get(8)?,
+            });
+        }
+        Ok(Self(keys))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds those that the target does not have, all or none, quickly. For the write pause.
+    ///
+    /// # Errors
+    /// The target's refusal.
+    pub async fn add_at_cutover(&self, target: &Server) -> Result<()> {
+        let mut session = target.connect("foreign keys").await?;
+        let present = present(&session).await?;
+        let version = server_version(&session).await?;
+        let transaction = session.transaction().await?;
+        let statements: Vec<String> =
+            self.0.iter().filter(|key| !present.contains_key(&key.id())).flat_map(|key| key.add(version)).collect();
+        transaction.batch_execute(&statements.join(";\n")).await.doing(|| "adding the foreign keys")?;
+        transaction.commit().await.doing(|| "adding the foreign keys")
+    }
+
+    /// Checks the old rows of those that were added unchecked, one after the other; can be repeated.
+    ///
+    /// # Errors
+    /// The target's refusal, which names the key: rows without a partner.
+    pub async fn validate(&self, target: &Server) -> Result<()> {
+        let session = target.connect("foreign keys").await?;
+        let present = present(&session).await?;
+        for key in self.0.iter().filter(|key| key.validated) {
+            if present.get(&key.id()) == Some(&false) {
+                let name = quote_identifier(&key.name);
+                session
+                    .batch_execute(&format!("ALTER TABLE {} VALIDATE CONSTRAINT {name}", key.table))
+                    .await
+                    .doing(|| format!("validating the foreign key {} of {}", key.name, key.table.plain()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+type Id = (String, String, String);
+
+impl ForeignKey {
+    fn id(&self) -> Id {
+        (self.table.schema.clone(), self.table.name.clone(), self.name.clone())
+    }
+
+    fn add(&self, server_version: i32) -> Vec<String> {
+        let name = quote_identifier(&self.name);
+        let needs_check = self.partitioned && server_version < 180_000;
+        let already = ["NOT VALID", "NOT ENFORCED"].iter().any(|end| self.definition.ends_with(end));
+        let suffix = if needs_check || already { "" } else { " NOT VALID" };
+        let only = if self.partitioned { "" } else { "ONLY " };
+        let add = format!("ALTER TABLE {only}{} ADD CONSTRAINT {name} {}{suffix}", self.table, self.definition);
+        let comment = self.comment.as_ref().map(|comment| {
+            format!("COMMENT ON CONSTRAINT {name} ON {} IS {}", self.table, crate::postgres::quote_literal(comment))
+        });
+        std::iter::once(add).chain(comment).collect()
+    }
+}
+
+/// The foreign keys of the target, and whether each is validated.
+async fn present(session: &Session) -> Result<std::collections::HashMap<Id, bool>> {
+    let rows = session
+        .query(
+            "SELECT n.nspname, c.relname, k.conname::text, k.convalidated FROM pg_catalog.pg_constraint k
+             JOIN pg_catalog.pg_class c ON c.oid = k.conrelid
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+             WHERE k.contype = 'f'",
+            &[],
+        )
+        .await
+        .doing(|| "listing the target's foreign keys")?;
+    rows.iter().map(|row| Ok(((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?), row.try_get(3)?))).collect()
+}
+
+async fn server_version(session: &Session) -> Result<i32> {
+    let row = session.query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?;
+    Ok(row.try_get(0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(definition: &str, partitioned: bool) -> ForeignKey {
+        ForeignKey {
+            table: QualifiedName::new("s", "t"),
+            name: "k".into(),
+            definition: definition.into(),
+            validated: true,
+            partitioned,
+            comment: None,
+        }
+    }
+
+    #[test]
+    fn a_key_is_added_unchecked_where_the_server_can() {
+        let plain = "FOREIGN KEY (a) REFERENCES s.u(a)";
+        let sql = |definition, partitioned, version| key(definition, partitioned).add(version).remove(0);
+        assert!(sql(plain, false, 150_000).ends_with("s.u(a) NOT VALID"));
+        assert!(sql(plain, true, 170_000).ends_with("s.u(a)"));
+        assert!(sql(plain, true, 180_000).ends_with("NOT VALID"));
+        assert_eq!(sql("FOREIGN KEY (a) REFERENCES s.u(a) NOT VALID", false, 150_000).matches("NOT VALID").count(), 1);
+    }
+}

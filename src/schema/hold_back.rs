@@ -1,0 +1,100 @@
+//! Finding what would react to applied rows or to our statements, with the statements that disable it and bring it back.
+//!
+//! The order matters. Disabling goes from first to last, enabling from last to first: event triggers are disabled first
+//! and enabled last, so that they never see the other statements. A trigger of a partitioned table hands its state down to
+//! its copies on the partitions, so a copy is named only where it differs, before its parent.
+
+use crate::error::{Doing, Result};
+use crate::postgres::{QualifiedName, Session, catalog::IS_USER_TABLE, quote_identifier};
+use crate::state::HeldBack;
+
+/// `$1`: names of event triggers that came from the source. The target's own ones are not ours to touch.
+const EVENT_TRIGGERS: &str = "SELECT evtname::text, evtenabled::text FROM pg_catalog.pg_event_trigger WHERE evtname = ANY ($1) AND evtenabled <> 'D' ORDER BY 1";
+
+/// Triggers that people made, enabled in any way. `tgisinternal` is set on copies before version 15, hence the parent.
+fn triggers() -> String {
+    format!(
+        r"
+        SELECT n.nspname, c.relname, t.tgname::text, t.tgenabled::text
+        FROM pg_catalog.pg_trigger t
+        JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        LEFT JOIN pg_catalog.pg_trigger parent ON parent.oid = t.tgparentid
+        CROSS JOIN LATERAL (SELECT count(*) FROM pg_catalog.pg_partition_ancestors(c.oid)) AS family (depth)
+        WHERE c.relkind IN ('r', 'p')
+          AND CASE WHEN parent.oid IS NULL THEN NOT t.tgisinternal AND t.tgenabled <> 'D'
+                   ELSE NOT pg_catalog.starts_with(parent.tgname::text, 'RI_ConstraintTrigger') AND t.tgenabled <> parent.tgenabled END
+          AND {IS_USER_TABLE}
+        ORDER BY family.depth DESC, 1, 2, 3"
+    )
+}
+
+fn rules() -> String {
+    format!(
+        r"
+        SELECT n.nspname, c.relname, r.rulename::text, r.ev_enabled::text
+        FROM pg_catalog.pg_rewrite r
+        JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p') AND r.rulename <> '_RETURN' AND r.ev_enabled <> 'D' AND {IS_USER_TABLE}
+        ORDER BY 1, 2, 3"
+    )
+}
+
+/// Everything on the target that is enabled and must not be before the cutover, in the order of disabling.
+pub(super) async fn find(target: &Session, event_triggers: &[String]) -> Result<Vec<HeldBack>> {
+    let mut found = Vec::new();
+    for row in target.query(EVENT_TRIGGERS, &[&event_triggers]).await.doing(|| "listing event triggers")? {
+        found.push(event_trigger(row.try_get(0)?, row.try_get(1)?));
+    }
+    for (kind, sql) in [("TRIGGER", triggers()), ("RULE", rules())] {
+        for row in target.query(&sql, &[]).await.doing(|| "listing triggers and rules")? {
+            let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+            found.push(on_table(kind, &table, row.try_get(2)?, row.try_get(3)?));
+        }
+    }
+    Ok(found)
+}
+
+/// The words of `tgenabled`, `ev_enabled` and `evtenabled`.
+fn state(enabled: &str) -> &'static str {
+    match enabled {
+        "D" => "DISABLE",
+        "R" => "ENABLE REPLICA",
+        "A" => "ENABLE ALWAYS",
+        _ => "ENABLE",
+    }
+}
+
+fn event_trigger(name: &str, enabled: &str) -> HeldBack {
+    let quoted = quote_identifier(name);
+    HeldBack {
+        what: format!("event trigger {name}"),
+        enable: format!("ALTER EVENT TRIGGER {quoted} {}", state(enabled)),
+        disable: format!("ALTER EVENT TRIGGER {quoted} DISABLE"),
+    }
+}
+
+fn on_table(kind: &str, table: &QualifiedName, name: &str, enabled: &str) -> HeldBack {
+    let quoted = quote_identifier(name);
+    HeldBack {
+        what: format!("{} {name} on {}", kind.to_lowercase(), table.plain()),
+        enable: format!("ALTER TABLE {table} {} {kind} {quoted}", state(enabled)),
+        disable: format!("ALTER TABLE {table} DISABLE {kind} {quoted}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trigger_comes_back_as_it_was() {
+        let table = QualifiedName::new("s", "T");
+        let held = on_table("TRIGGER", &table, "x", "A");
+        assert_eq!(held.enable, r#"ALTER TABLE "s"."T" ENABLE ALWAYS TRIGGER "x""#);
+        assert_eq!(held.disable, r#"ALTER TABLE "s"."T" DISABLE TRIGGER "x""#);
+        assert!(on_table("RULE", &table, "x", "R").enable.contains("ENABLE REPLICA RULE"));
+        assert!(event_trigger("e", "O").enable.ends_with(r#""e" ENABLE"#));
+    }
+}

@@ -1,0 +1,309 @@
+//! Putting the schema into the target, step by step. Each step can be repeated after a death at any moment.
+
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+
+use super::child::{Child, list_file};
+use super::dump::schema_differs;
+use super::existing::{Existing, invalid_indexes, is_proof};
+use super::toc::{Entry, Step};
+use super::{Archive, Programs, hold_back};
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::{Server, Session};
+use crate::state::Store;
+use crate::telemetry::Telemetry;
+
+/// What every pg_restore of ours is called on the target; see [`end_leftovers`].
+pub(super) const RESTORE: &str = "restore";
+/// A backend that was told to end does so between two rows; one that builds an index, between two of its checks.
+const LEFTOVER_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Restores one archive into one target.
+#[derive(Clone, Copy)]
+pub struct Restorer<'a> {
+    /// Where to.
+    pub target: &'a Server,
+    /// The state of the move, on the same server.
+    pub store: &'a Store,
+    /// The programs that wrote the archive.
+    pub programs: &'a Programs,
+    /// What is restored.
+    pub archive: &'a Archive,
+    /// Told what is being built.
+    pub telemetry: &'a Telemetry,
+}
+
+impl Restorer<'_> {
+    /// Whether the step before the data is complete: asked at a start in phase `schema`.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn is_restored(&self) -> Result<bool> {
+        if self.store.schema_unfinished().await? {
+            return Ok(false);
+        }
+        let session = self.session().await?;
+        let existing = Existing::read(&session).await?;
+        let mut proofs = self.archive.contents.of(Step::BeforeData).iter().filter(|entry| is_proof(entry)).peekable();
+        Ok(proofs.peek().is_some() && proofs.all(|entry| existing.has(entry)))
+    }
+
+    /// Restores what rows need, in one transaction.
+    ///
+    /// A schema too large for the target's lock table goes in without a transaction; the state says so, and the next start
+    /// drops what a death left half done and begins again. That is safe because the target was empty.
+    ///
+    /// # Errors
+    /// As [`super::failure`] reads them.
+    pub async fn before_data(&self) -> Result<()> {
+        self.telemetry.activity("restoring the schema");
+        self.restore_before_data().await.doing(|| "restoring the schema before the data")
+    }
+
+    async fn restore_before_data(&self) -> Result<()> {
+        let session = self.session().await?;
+        end_leftovers(&session, self.target).await?;
+        let existing = Existing::read(&session).await?;
+        let unfinished = self.store.schema_unfinished().await?;
+        let entries: Vec<&Entry> = self
+            .archive
+            .contents
+            .of(Step::BeforeData)
+            .iter()
+            .filter(|entry| entry.kind != "SCHEMA" || unfinished || !existing.has(entry))
+            .collect();
+        if !unfinished {
+            match self.restore(&session, &entries, &["--single-transaction".into()]).await {
+                Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,
+                other => return other,
+            }
+        }
+        self.restore(&session, &entries, &["--clean".into(), "--if-exists".into()]).await?;
+        self.store.set_schema_unfinished(false).await
+    }
+
+    /// Builds keys, indexes, statistics objects and policies, `workers` at a time; what is there already is left alone.
+    ///
+    /// # Errors
+    /// As [`super::failure`] reads them: duplicate keys, for one.
+    pub async fn after_data(&self, workers: NonZeroUsize) -> Result<()> {
+        self.telemetry.activity("building keys and indexes");
+        let session = self.session().await?;
+        end_leftovers(&session, self.target).await?;
+        let entries = self.archive.contents.of(Step::AfterData);
+        for index in invalid_indexes(&session, entries).await? {
+            session
+                .batch_execute(&format!("DROP INDEX {index}"))
+                .await
+                .doing(|| format!("dropping the unfinished index {}", index.plain()))?;
+        }
+        self.restore_missing(&session, Step::AfterData, &[format!("--jobs={workers}")])
+            .await
+            .doing(|| "building keys and indexes")
+    }
+
+    /// Fills the materialized views that are filled on the source and empty here, each after those that it reads.
+    ///
+    /// # Errors
+    /// The target's refusal.
+    pub async fn refresh_materialized_views(&self) -> Result<()> {
+        let session = self.session().await?;
+        let mut waiting = Vec::new();
+        for view in &self.archive.materialized_views {
+            let empty = session
+                .query_opt(
+                    "SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass($1) AND NOT relispopulated",
+                    &[&view.to_string()],
+                )
+                .await
+                .doing(|| "looking at the materialized views")?;
+            if empty.is_some() {
+                waiting.push(view);
+            }
+        }
+        while !waiting.is_empty() {
+            let before = waiting.len();
+            let mut refused = None;
+            let mut still = Vec::new();
+            for view in waiting {
+                self.telemetry.activity(&format!("filling {}", view.plain()));
+                match session.batch_execute(&format!("REFRESH MATERIALIZED VIEW {view}")).await {
+                    Ok(()) => {}
+                    // It reads another one that has not been filled yet.
+                    Err(e) if e.code().is_some_and(|code| code.code() == "55000") => {
+                        refused = Some(Error::from(e).doing(format!("filling {}", view.plain())));
+                        still.push(view);
+                    }
+                    Err(e) => return Err(Error::from(e).doing(format!("filling {}", view.plain()))),
+                }
+            }
+            if let Some(error) = refused.filter(|_| still.len() == before) {
+                return Err(error);
+            }
+            waiting = still;
+        }
+        Ok(())
+    }
+
+    /// Adds the foreign keys that are missing, each checked. The target must be a state that the source once had,
+    /// and its role must be able to keep them from firing: [`can_set_replica_role`].
+    ///
+    /// # Errors
+    /// As [`super::failure`] reads them.
+    pub async fn foreign_keys(&self, workers: NonZeroUsize) -> Result<()> {
+        self.telemetry.activity("adding foreign keys");
+        let session = self.session().await?;
+        end_leftovers(&session, self.target).await?;
+        self.restore_missing(&session, Step::ForeignKeys, &[format!("--jobs={workers}")])
+            .await
+            .doing(|| "adding the foreign keys")
+    }
+
+    /// Restores triggers, rules and event triggers, and disables every one of them until the cutover;
+    /// [`Store::release_held_back`] brings them back. Nothing may be applied before this returned.
+    ///
+    /// # Errors
+    /// As [`super::failure`] reads them; class operator where the role may not disable them.
+    pub async fn hold_back(&self) -> Result<()> {
+        self.telemetry.activity("holding back triggers and rules");
+        let session = self.session().await?;
+        end_leftovers(&session, self.target).await?;
+        self.restore_missing(&session, Step::HeldBack, &["--single-transaction".into()])
+            .await
+            .doing(|| "restoring triggers and rules")?;
+        let event_triggers: Vec<String> = self
+            .archive
+            .contents
+            .of(Step::HeldBack)
+            .iter()
+            .filter(|entry| entry.kind == "EVENT TRIGGER")
+            .map(|entry| entry.tag.clone())
+            .collect();
+        self.store.hold_back(&hold_back::find(&session, &event_triggers).await?).await
+    }
+
+    async fn restore_missing(&self, session: &Session, step: Step, options: &[String]) -> Result<()> {
+        let existing = Existing::read(session).await?;
+        let entries: Vec<&Entry> = self.archive.contents.of(step).iter().filter(|entry| !existing.has(entry)).collect();
+        self.restore(session, &entries, options).await
+    }
+
+    /// One run of pg_restore over these entries, in their order.
+    async fn restore(&self, session: &Session, entries: &[&Entry], options: &[String]) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let list = list_file(self.archive.folder(), entries.iter().map(|entry| entry.line.as_str()))?;
+        let tablespaces = lacks_tablespaces(session, &self.archive.tablespaces).await?;
+        Child::new(self.programs.pg_restore())
+            .server(self.target, RESTORE)
+            .args(["--no-password", "--exit-on-error", "--verbose"])
+            .args(tablespaces.then_some("--no-tablespaces"))
+            .args(options)
+            .arg("--use-list")
+            .arg(list.path())
+            .database_argument()
+            .arg(self.archive.file())
+            .run_watched(|line| {
+                if let Some(what) = being_built(line) {
+                    self.telemetry.activity(what);
+                }
+            })
+            .await
+            .map(drop)
+    }
+
+    async fn session(&self) -> Result<Session> {
+        self.target.connect("schema").await
+    }
+}
+
+/// `INDEX orders_at` in `pg_restore: launching item 3158 INDEX orders_at`.
+fn being_built(line: &str) -> Option<&str> {
+    let (_, item) = line.strip_prefix("pg_restore: launching item ")?.split_once(' ')?;
+    Some(item)
+}
+
+/// Tablespaces travel only if the target has each of them; else everything goes to the default one.
+async fn lacks_tablespaces(target: &Session, used: &[String]) -> Result<bool> {
+    let row = target
+        .query_one(
+            "SELECT EXISTS (SELECT unnest($1::text[]) EXCEPT SELECT spcname::text FROM pg_catalog.pg_tablespace)",
+            &[&used],
+        )
+        .await
+        .doing(|| "listing the target's tablespaces")?;
+    Ok(row.try_get(0)?)
+}
+
+/// Ends what a killed pg_restore of this move left running: a server notices a dead client only when it next
+/// talks to it, and an index build may be long. The daemon holds the move, so nobody else's can be meant.
+pub(super) async fn end_leftovers(target: &Session, server: &Server) -> Result<()> {
+    let name = server.application_name(RESTORE);
+    let deadline = Instant::now() + LEFTOVER_PATIENCE;
+    loop {
+        let rows = target
+            .query(
+                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND datname = pg_catalog.current_database()",
+                &[&name],
+            )
+            .await
+            .doing(|| "ending what an earlier restore left running")?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let message = format!("{} backends of an earlier restore ({name}) do not end", rows.len());
+            return Err(Error::new(Class::Retry, "leftover_backends", message));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Whether this role may keep foreign keys and ordinary triggers from firing for its own session: tried, not read.
+///
+/// # Errors
+/// The connection's; a refusal is the answer `false`.
+pub async fn can_set_replica_role(session: &Session) -> Result<bool> {
+    let outcome = session.batch_execute("BEGIN; SET LOCAL session_replication_role = replica").await;
+    session.batch_execute("ROLLBACK").await.doing(|| "probing session_replication_role")?;
+    match outcome {
+        Ok(()) => Ok(true),
+        Err(e) if e.as_db_error().is_some() => Ok(false),
+        Err(e) => Err(Error::from(e).doing("probing session_replication_role")),
+    }
+}
+
+/// Entries of a step that the target lacks, for those who restored by hand.
+impl Restorer<'_> {
+    /// # Errors
+    /// Class operator, naming the first missing objects.
+    pub async fn require(&self, step: Step) -> Result<()> {
+        let existing = Existing::read(&self.session().await?).await?;
+        let missing: Vec<String> = self
+            .archive
+            .contents
+            .of(step)
+            .iter()
+            .filter(|entry| is_proof(entry) && !existing.has(entry))
+            .map(|entry| format!("{} {}", entry.kind, entry.plain()))
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let first = missing.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+        Err(schema_differs(format!("the target lacks {} objects of the source: {first}", missing.len())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_built_is_read_from_the_programs_words() {
+        assert_eq!(being_built("pg_restore: launching item 3158 INDEX orders_at"), Some("INDEX orders_at"));
+        assert_eq!(being_built("pg_restore: finished item 3158 INDEX orders_at"), None);
+    }
+}

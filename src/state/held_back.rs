@@ -1,0 +1,115 @@
+//! What was disabled on the target until the cutover, with the statements that bring it back exactly as it was.
+
+use super::Store;
+use crate::error::{Doing, Result};
+use crate::postgres::quote_literal;
+
+/// One trigger, rule or event trigger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldBack {
+    /// For people: `trigger touch on public.orders`.
+    pub what: String,
+    /// Brings back the state that it had on the source.
+    pub enable: String,
+    /// Takes it out of service again.
+    pub disable: String,
+}
+
+impl Store {
+    /// Disables these, in order, and writes them down, in one transaction.
+    ///
+    /// # Errors
+    /// The connection's; the target's refusal.
+    pub async fn hold_back(&self, objects: &[HeldBack]) -> Result<()> {
+        if objects.is_empty() {
+            return Ok(());
+        }
+        let name = quote_literal(self.name.as_str());
+        let mut sql = String::from("BEGIN;\n");
+        for HeldBack { what, enable, disable } in objects {
+            sql.push_str(&format!(
+                "{disable};
+                 INSERT INTO pgtandem.held_back (move, ordinal, what, enable, disable)
+                 SELECT {name}, COALESCE(max(ordinal), 0) + 1, {}, {}, {} FROM pgtandem.held_back WHERE move = {name};\n",
+                quote_literal(what),
+                quote_literal(enable),
+                quote_literal(disable),
+            ));
+        }
+        sql.push_str("COMMIT");
+        self.execute(&sql).await.doing(|| "disabling triggers and rules until the cutover")
+    }
+
+    /// Brings back everything that was held back, in one transaction and one round trip, the last one first. Can be repeated.
+    ///
+    /// # Errors
+    /// The connection's; the target's refusal, after which nothing is changed.
+    pub async fn release_held_back(&self) -> Result<()> {
+        self.execute(&self.each_held_back("enable", "DESC")).await.doing(|| "enabling triggers and rules")
+    }
+
+    /// Undoes [`Store::release_held_back`], for a cutover that was given up. Can be repeated.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn hold_back_again(&self) -> Result<()> {
+        self.execute(&self.each_held_back("disable", "ASC")).await.doing(|| "disabling triggers and rules again")
+    }
+
+    /// What is held back, in words.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn held_back(&self) -> Result<Vec<String>> {
+        let session = self.session().await?;
+        let rows = session
+            .get()?
+            .query("SELECT what FROM pgtandem.held_back WHERE move = $1 ORDER BY ordinal", &[&self.name.as_str()])
+            .await
+            .doing(|| "reading what is held back")?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    /// The schema of the target is being restored in steps that a death would leave half done, or is whole again.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn set_schema_unfinished(&self, unfinished: bool) -> Result<()> {
+        self.update(&format!("schema_unfinished = {unfinished}")).await
+    }
+
+    /// Whether a restore of the schema in steps was begun and not finished.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn schema_unfinished(&self) -> Result<bool> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_opt("SELECT schema_unfinished FROM pgtandem.move WHERE name = $1", &[&self.name.as_str()])
+            .await
+            .doing(|| "reading the state of the schema")?;
+        Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
+    }
+
+    /// Runs one column of every row. What was dropped since then has nothing to enable: a schema change took it along.
+    fn each_held_back(&self, column: &str, direction: &str) -> String {
+        format!(
+            "DO $held_back$
+             DECLARE
+                 statement text;
+             BEGIN
+                 FOR statement IN
+                     SELECT {column} FROM pgtandem.held_back WHERE move = {name} ORDER BY ordinal {direction}
+                 LOOP
+                     BEGIN
+                         EXECUTE statement;
+                     EXCEPTION WHEN undefined_table OR undefined_object OR invalid_schema_name THEN
+                         RAISE WARNING 'not there any more: %', statement;
+                     END;
+                 END LOOP;
+             END $held_back$",
+            name = quote_literal(self.name.as_str())
+        )
+    }
+}
