@@ -17,6 +17,7 @@
 //! | [`state`] | the `pgtandem` schema in the target: the only durable memory |
 //! | [`telemetry`] | metrics, status, HTTP, logs, progress bars |
 //! | [`supervisor`] | phases, tasks, restarts |
+//! | [`demo`] | the whole story on two throw-away servers |
 //!
 //! # The way of the data
 //!
@@ -30,7 +31,9 @@
 //!
 //! One direction, one owner per step, queues bounded in bytes between them.
 
+pub mod cli;
 pub mod config;
+pub mod demo;
 pub mod error;
 pub mod follow;
 pub mod postgres;
