@@ -17,6 +17,7 @@
 //! | [`state`] | the `pgtandem` schema in the target: the only durable memory |
 //! | [`telemetry`] | metrics, status, HTTP, logs, progress bars |
 //! | [`supervisor`] | phases, tasks, restarts |
+//! | [`demo`] | the whole story on two throw-away servers |
 //!
 //! # The way of the data
 //!
@@ -33,6 +34,8 @@
 pub mod cli;
 pub mod config;
 pub mod copy;
+pub mod cutover;
+pub mod demo;
 pub mod error;
 pub mod follow;
 pub mod postgres;
@@ -40,5 +43,6 @@ pub mod preflight;
 pub mod schema;
 pub mod state;
 pub mod telemetry;
+pub mod verify;
 
 pub use error::{Class, Error, Result};

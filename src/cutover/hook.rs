@@ -64,7 +64,8 @@ async fn log(output: Option<impl AsyncRead + Unpin>, name: &'static str) -> Vec<
 fn environment(config: &Config) -> Vec<(String, String)> {
     let mut variables = vec![("PGTANDEM_MOVE_NAME".to_owned(), config.name.as_str().to_owned())];
     for (side, info) in [("SOURCE", &config.source), ("TARGET", &config.target)] {
-        variables.extend(address(info).into_iter().map(|(what, value)| (format!("PGTANDEM_HOOK_{side}_{what}"), value)));
+        variables
+            .extend(address(info).into_iter().map(|(what, value)| (format!("PGTANDEM_HOOK_{side}_{what}"), value)));
     }
     variables
 }

@@ -25,10 +25,7 @@ pub(super) async fn emit(source: &Server, expected: &MarkerWatch) -> Result<u64>
     let xid = u32::try_from(xid).map_err(|_| Error::bug(format!("{xid} is no transaction id")))?;
     expected.expect(Marker { id, xid });
     transaction
-        .execute(
-            "SELECT pg_catalog.pg_logical_emit_message(true, 'pgtandem', $1)",
-            &[&format!("marker {id}")],
-        )
+        .execute("SELECT pg_catalog.pg_logical_emit_message(true, 'pgtandem', $1)", &[&format!("marker {id}")])
         .await
         .doing(|| "writing the marker on the source")?;
     transaction.commit().await.doing(|| "committing the marker on the source")?;
@@ -41,7 +38,9 @@ pub(super) async fn arrival(mut durable: watch::Receiver<Durable>, id: u64, dead
     match tokio::time::timeout_at(deadline.into(), arrived).await {
         Ok(Ok(durable)) => Ok(*durable),
         Ok(Err(_)) => Err(Error::new(Class::No, "follow_ended", "following ended before the marker arrived")),
-        Err(_) => Err(Error::new(Class::No, "drain_timeout", "the marker did not arrive in time: the target lags behind")
-            .hint("wait for less lag, or raise cutover.timeout")),
+        Err(_) => {
+            Err(Error::new(Class::No, "drain_timeout", "the marker did not arrive in time: the target lags behind")
+                .hint("wait for less lag, or raise cutover.timeout"))
+        }
     }
 }

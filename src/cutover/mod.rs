@@ -175,8 +175,12 @@ impl Cutover<'_> {
                 return Ok(());
             }
             if Instant::now() + Duration::from_millis(200) >= deadline {
-                return Err(Error::new(Class::No, "not_ready", "the move did not become ready for the cutover in time")
-                    .hint("`pgtandem status` says what blocks it, and how large the lag is"));
+                return Err(Error::new(
+                    Class::No,
+                    "not_ready",
+                    "the move did not become ready for the cutover in time",
+                )
+                .hint("`pgtandem status` says what blocks it, and how large the lag is"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -196,14 +200,13 @@ impl Cutover<'_> {
     async fn verify(&self, depth: Depth) -> Result<()> {
         let moved: std::collections::HashSet<QualifiedName> = self.moved().await?.into_iter().collect();
         let session = self.source.connect("verify").await?;
-        let tables: Vec<_> = catalog::tables(&**session)
+        let tables: Vec<_> = catalog::tables(&*session)
             .await?
             .into_iter()
             .filter(|table| moved.contains(&table.name))
             .map(|table| (table.name, table.columns.into_iter().map(|column| column.name).collect()))
             .collect();
-        let differences =
-            verify::compare(self.source, self.target, &tables, depth, self.config.copy.workers).await?;
+        let differences = verify::compare(self.source, self.target, &tables, depth, self.config.copy.workers).await?;
         let Some(first) = differences.first() else { return Ok(()) };
         Err(Error::new(
             Class::No,

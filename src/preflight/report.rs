@@ -128,8 +128,7 @@ impl Paint {
 
     fn summary(&self, report: &Report) -> String {
         let count = |severity| report.findings.iter().filter(|finding| finding.severity == severity).count();
-        let (blocking, warnings, infos) =
-            (count(Severity::Blocking), count(Severity::Warning), count(Severity::Info));
+        let (blocking, warnings, infos) = (count(Severity::Blocking), count(Severity::Warning), count(Severity::Info));
         let tail = format!("{warnings} warning{}, {infos} info", if warnings == 1 { "" } else { "s" });
         if blocking == 0 {
             self.code("1;32", &format!("ready to move: nothing blocking, {tail}"))

@@ -94,10 +94,8 @@ pub async fn compare(
             async move {
                 let pair = pool.lock().await.pop();
                 let (from, to) = pair.ok_or_else(|| Error::bug("more comparisons than connections"))?;
-                let (source, target) = tokio::try_join!(
-                    summarize(&from, table, columns, depth),
-                    summarize(&to, table, columns, depth)
-                )?;
+                let (source, target) =
+                    tokio::try_join!(summarize(&from, table, columns, depth), summarize(&to, table, columns, depth))?;
                 pool.lock().await.push((from, to));
                 let table = table.clone();
                 Ok::<_, Error>((source != target).then_some(Difference { table, source, target }))

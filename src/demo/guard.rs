@@ -1,0 +1,79 @@
+//! Ends what the demo has started when the demo itself cannot: after SIGKILL no destructor runs.
+//!
+//! A shell waits at the read end of a pipe. When this process dies, in whatever way, the kernel closes the other
+//! end, and the shell does its work. It has a process group of its own, so that an interrupt from the terminal
+//! does not end it first.
+
+use std::ffi::OsStr;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use super::servers::ServerUser;
+use crate::error::{Doing, Result};
+
+/// Stops the server of data directory `$2` by the pg_ctl `$1`.
+const STOP_SERVER: &str = r#"cat >/dev/null; "$1" stop -s -m immediate -D "$2""#;
+/// Ends the process `$1`.
+const END_PROCESS: &str = r#"cat >/dev/null; kill -TERM "$1""#;
+/// Removes the folder `$1`, once nothing writes to it any more.
+const REMOVE_FOLDER: &str =
+    r#"cat >/dev/null; for try in 1 2 3 4 5; do rm -rf "$1" 2>/dev/null && break; sleep 1; done"#;
+
+/// A shell that waits for the death of this process. Dropping it calls it off.
+#[derive(Debug)]
+pub struct Guard(Child);
+
+impl Guard {
+    /// Watches over a server.
+    ///
+    /// # Errors
+    /// There is no shell.
+    pub fn over_server(user: ServerUser, pg_ctl: &OsStr, data: &OsStr) -> Result<Self> {
+        Self::spawn(user, STOP_SERVER, &[pg_ctl, data])
+    }
+
+    /// Watches over a process.
+    ///
+    /// # Errors
+    /// There is no shell.
+    pub fn over_process(id: u32) -> Result<Self> {
+        Self::spawn(ServerUser::Same, END_PROCESS, &[OsStr::new(&id.to_string())])
+    }
+
+    /// Watches over a folder.
+    ///
+    /// # Errors
+    /// There is no shell.
+    pub fn over_folder(folder: &OsStr) -> Result<Self> {
+        Self::spawn(ServerUser::Same, REMOVE_FOLDER, &[folder])
+    }
+
+    fn spawn(user: ServerUser, script: &str, arguments: &[&OsStr]) -> Result<Self> {
+        user.command("sh")
+            .args(["-c", script, "guard"])
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .map(Self)
+            .doing(|| "starting the shell that cleans up after a kill")
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // The shell must be gone before the pipe is closed, or it would do its work.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// A command with nothing on its standard input that does not hear the terminal's interrupt.
+#[must_use]
+pub fn detached(program: &OsStr) -> Command {
+    let mut command = Command::new(program);
+    command.stdin(Stdio::null()).process_group(0);
+    command
+}
