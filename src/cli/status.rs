@@ -1,9 +1,12 @@
 //! `status`: where the move stands, also when no daemon runs.
 
+use std::io::IsTerminal as _;
+
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, Environment};
 use crate::error::Result;
+use crate::telemetry::status::{self, Print};
 
 /// Show where the move stands, also when no daemon runs
 #[derive(clap::Args)]
@@ -21,6 +24,12 @@ pub struct Args {
 ///
 /// # Errors
 /// The target cannot be reached.
-pub async fn run(_config: &Config, _args: &Args, _stop: &CancellationToken) -> Result<()> {
-    Err(super::not_available("status"))
+pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Result<()> {
+    let how = Print {
+        watch: args.watch,
+        json: args.json,
+        terminal: std::io::stdout().is_terminal(),
+        no_colour: Environment::of_process().no_color(),
+    };
+    status::print(config, how, &mut std::io::stdout(), stop).await
 }

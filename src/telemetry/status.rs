@@ -4,14 +4,17 @@
 //! command `status` build it from the same model: the daemon's is fed by reports, the command's from the state in
 //! the target and one look at the source, so it works also when no daemon runs.
 
+use std::io::{self, Write};
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio_util::sync::CancellationToken;
 
+use super::redact::shown;
 use super::sampler;
 use super::{Recorded, Telemetry};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Doing, Result};
 use crate::postgres::{Server, Side};
 use crate::state::Store;
 
@@ -243,6 +246,69 @@ pub async fn collect(config: &Config) -> Result<Status> {
 
 /// How often `--watch` and `/events` say something.
 pub const REFRESH: Duration = Duration::from_secs(1);
+
+/// How the command `status` prints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Print {
+    /// Again and again until stopped.
+    pub watch: bool,
+    /// JSON, one document a line, instead of text.
+    pub json: bool,
+    /// Whether the reader is a terminal: with colour, and a watched text replaces the one before.
+    pub terminal: bool,
+    /// `NO_COLOR` was set.
+    pub no_colour: bool,
+}
+
+/// The command `status`: prints to `out` once, or each second until `stop` or until nobody reads any more.
+///
+/// # Errors
+/// The target cannot be reached at first. Once watching, it is waited for.
+pub async fn print(config: &Config, how: Print, out: &mut (impl Write + Send), stop: &CancellationToken) -> Result<()> {
+    let mut collector = Collector::new(config)?;
+    let mut status = collector.collect().await?;
+    loop {
+        let written = write_one(&status, how, out);
+        match written {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            other => other.doing(|| "printing the status")?,
+        }
+        if !how.watch {
+            return Ok(());
+        }
+        match next(&mut collector, stop).await {
+            Some(seen) => status = seen,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// The next look, a second later or once the target answers again; `None` when stopped.
+async fn next(collector: &mut Collector, stop: &CancellationToken) -> Option<Status> {
+    loop {
+        stop.run_until_cancelled(tokio::time::sleep(REFRESH)).await?;
+        match stop.run_until_cancelled(collector.collect()).await? {
+            Ok(status) => return Some(status),
+            Err(error) => tracing::warn!(code = error.code(), "{}", shown(&error.to_string())),
+        }
+    }
+}
+
+fn write_one(status: &Status, how: Print, out: &mut impl Write) -> io::Result<()> {
+    const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
+    if how.json {
+        serde_json::to_writer(&mut *out, status)?;
+        writeln!(out)?;
+    } else {
+        let text = render_text(status, Style { colour: how.terminal && !how.no_colour });
+        match (how.watch, how.terminal) {
+            (true, true) => write!(out, "{CLEAR}{text}")?,
+            (true, false) => writeln!(out, "{text}")?,
+            (false, _) => write!(out, "{text}")?,
+        }
+    }
+    out.flush()
+}
 
 impl Status {
     /// The document as one line of JSON.

@@ -7,3 +7,4 @@ mod harness;
 
 mod harness_itself;
 mod preflight;
+mod telemetry;
