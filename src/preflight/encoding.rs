@@ -100,7 +100,11 @@ impl Locale {
             other => other,
         };
         let name = self.locale.as_deref().filter(|_| self.provider != "c").unwrap_or(&self.collate);
-        if self.ctype == self.collate { format!("{provider} {name}") } else { format!("{provider} {name}, ctype {}", self.ctype) }
+        if self.ctype == self.collate {
+            format!("{provider} {name}")
+        } else {
+            format!("{provider} {name}, ctype {}", self.ctype)
+        }
     }
 
     /// Whether both sort alike by name: spellings of one libc locale (`en_US.utf8`, `en_US.UTF-8`) are equal.

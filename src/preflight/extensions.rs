@@ -82,7 +82,10 @@ fn pairs(rows: &[tokio_postgres::Row]) -> Result<BTreeMap<String, String>> {
 fn missing(name: &str) -> Finding {
     EXTENSION_MISSING
         .on(Side::Target, format!("the extension {name} is not available on the target"))
-        .fix(format!("install the package of {name} on the target, or on the source: DROP EXTENSION {};", quote_identifier(name)))
+        .fix(format!(
+            "install the package of {name} on the target, or on the source: DROP EXTENSION {};",
+            quote_identifier(name)
+        ))
         .objects(vec![name.to_owned()])
 }
 

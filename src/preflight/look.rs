@@ -103,10 +103,8 @@ impl<'a> Place<'a> {
 
     /// A whole number in the setting's base unit (`pg_settings.setting`), or `None` where it is not known.
     pub(super) async fn number(&self, name: &str) -> Result<Option<i64>> {
-        let row = self
-            .client
-            .query_opt("SELECT setting::int8 FROM pg_catalog.pg_settings WHERE name = $1", &[&name])
-            .await?;
+        let row =
+            self.client.query_opt("SELECT setting::int8 FROM pg_catalog.pg_settings WHERE name = $1", &[&name]).await?;
         row.map(|row| row.try_get(0)).transpose().map_err(Error::from)
     }
 

@@ -139,8 +139,7 @@ pub(super) async fn ownership(look: &Look<'_>) -> Result<Vec<Finding>> {
     owners.sort();
     owners.dedup();
     let fix = owners.iter().map(|owner| format!("GRANT {} TO {user};", quote_identifier(owner))).collect::<Vec<_>>();
-    let what =
-        format!("{} belong to {}, not to {}", tables(foreign.len()), owners.join(", "), source.facts.user);
+    let what = format!("{} belong to {}, not to {}", tables(foreign.len()), owners.join(", "), source.facts.user);
     let objects = foreign.iter().map(|(name, _)| name.plain()).collect();
     Ok(vec![NOT_OWNER.on(Side::Source, what).fix(fix.join("\n")).objects(objects)])
 }

@@ -100,7 +100,9 @@ kinds! {
 
 pub(super) async fn walsender_timeout(source: &Place<'_>) -> Result<Vec<Finding>> {
     Ok(match source.number("wal_sender_timeout").await? {
-        Some(0) => vec![SENDER_TIMEOUT_OFF.on(Side::Source, "wal_sender_timeout is 0: it never ends a dead connection")],
+        Some(0) => {
+            vec![SENDER_TIMEOUT_OFF.on(Side::Source, "wal_sender_timeout is 0: it never ends a dead connection")]
+        }
         Some(ms) if ms < SHORTEST_SENDER_TIMEOUT_MS => {
             vec![SENDER_TIMEOUT_SHORT.on(Side::Source, format!("wal_sender_timeout is {ms} ms"))]
         }
@@ -129,7 +131,10 @@ pub(super) async fn lock_table(look: &Look<'_>) -> Result<Vec<Finding>> {
         let per_transaction = place.number("max_locks_per_transaction").await?.unwrap_or(64);
         let enough = per_transaction * (relations.saturating_mul(3) / room.max(1) + 1);
         let what = format!("{relations} relations, and room for {room} locks on the {}", place.side.as_str());
-        let fix = format!("ALTER SYSTEM SET max_locks_per_transaction = {enough};  -- then restart the {}", place.side.as_str());
+        let fix = format!(
+            "ALTER SYSTEM SET max_locks_per_transaction = {enough};  -- then restart the {}",
+            place.side.as_str()
+        );
         found.push(LOCK_TABLE_SMALL.on(place.side, what).fix(fix));
     }
     Ok(found)

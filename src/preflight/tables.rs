@@ -150,7 +150,10 @@ fn findings(look: &Look<'_>, sorted: &Sorted) -> Vec<Finding> {
     let inserts = "without a replica identity, with inserts only so far";
     say(INSERT_ONLY.on(side, what(&s.insert_only, inserts)).fix(full(&s.insert_only)), &s.insert_only);
     say(FULL_IDENTITY.on(side, what(&s.full, "with REPLICA IDENTITY FULL")), &s.full);
-    say(DEFERRABLE_KEY.on(side, what(&s.deferrable, "with a deferrable primary key")).fix(full(&s.deferrable)), &s.deferrable);
+    say(
+        DEFERRABLE_KEY.on(side, what(&s.deferrable, "with a deferrable primary key")).fix(full(&s.deferrable)),
+        &s.deferrable,
+    );
     say(NO_COLUMNS.on(side, what(&s.no_columns, "without columns")), &s.no_columns);
     found
 }

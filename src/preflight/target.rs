@@ -64,7 +64,8 @@ const TABLESPACES_NEEDED: &str = r"
 
 const TABLESPACES_THERE: &str = "SELECT spcname::text FROM pg_catalog.pg_tablespace WHERE spcname = ANY ($1)";
 
-const DATABASE_SIZE: &str = "SELECT pg_catalog.pg_size_pretty(pg_catalog.pg_database_size(pg_catalog.current_database()))";
+const DATABASE_SIZE: &str =
+    "SELECT pg_catalog.pg_size_pretty(pg_catalog.pg_database_size(pg_catalog.current_database()))";
 
 kinds! {
     TARGET_NOT_EMPTY = Blocking "target_not_empty" {

@@ -33,7 +33,9 @@ kinds! {
 pub(super) async fn limit(source: &Place<'_>) -> Result<Vec<Finding>> {
     let Some(megabytes) = source.number("max_slot_wal_keep_size").await? else { return Ok(Vec::new()) };
     if megabytes < 0 {
-        return Ok(vec![WAL_UNLIMITED.on(Side::Source, "max_slot_wal_keep_size is -1: a slot keeps as much WAL as it needs")]);
+        return Ok(vec![
+            WAL_UNLIMITED.on(Side::Source, "max_slot_wal_keep_size is -1: a slot keeps as much WAL as it needs"),
+        ]);
     }
     let limit = megabytes.saturating_mul(1 << 20);
     let database = source.count(DATABASE_SIZE).await?;
