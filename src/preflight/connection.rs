@@ -80,6 +80,11 @@ pub(super) fn failed(side: Side, error: &Error) -> Finding {
     }
 }
 
+/// A session that ended before everything was asked.
+pub(super) fn lost(side: Side) -> Finding {
+    CONNECTION_FAILED.on(side, "the connection ended while the questions were asked").fix("check again")
+}
+
 /// A question that the server did not answer.
 pub(super) fn cannot_look(side: Side, question: &str, error: &Error) -> Finding {
     let finding = CANNOT_LOOK.on(side, format!("could not see {question}: {error}"));

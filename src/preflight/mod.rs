@@ -116,6 +116,10 @@ async fn examine(config: &Config, source: &Client, target: &Client, begun: bool)
     ask_source(&look, &mut found).await;
     ask_target(&look, &mut found).await;
     ask_both(&look, &mut found).await;
+    for place in look.places() {
+        // What came after its end was never asked.
+        found.extend(place.client.is_closed().then(|| connection::lost(place.side)));
+    }
     found
 }
 

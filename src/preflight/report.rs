@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use super::connection::CONNECTION_FAILED_CODE;
 use super::{Finding, Severity};
 
 /// Objects shown to a person; JSON has them all.
@@ -45,7 +46,12 @@ impl Report {
     /// Whether a server could not be reached, so that most questions were never asked.
     #[must_use]
     pub fn unreachable(&self) -> bool {
-        self.findings.iter().any(|finding| finding.code == super::connection::CONNECTION_FAILED_CODE)
+        self.unreachable_sides().next().is_some()
+    }
+
+    /// `source`, `target` or both: who gave no answer.
+    pub fn unreachable_sides(&self) -> impl Iterator<Item = &'static str> {
+        self.findings.iter().filter(|finding| finding.code == CONNECTION_FAILED_CODE).map(|finding| finding.side)
     }
 
     /// The document of `check --json`: `{"ok":…,"findings":[…]}`.

@@ -10,7 +10,9 @@ use pgtandem::config::{
 use pgtandem::postgres::{Ambient, ConnInfo, Server, Side};
 use pgtandem::preflight::{self, Report};
 
-use crate::harness::{Cluster, Database, PASSWORD, versions_under_test};
+use pgtandem::state::Store;
+
+use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, versions_under_test, wait_until};
 
 #[tokio::test]
 async fn an_ordinary_pair_is_ready() {
@@ -266,6 +268,50 @@ async fn both_unreachable_servers_are_named() {
 }
 
 #[tokio::test]
+async fn a_move_that_has_begun_may_find_what_it_made() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute("create table t (id int primary key); create publication pgtandem_app for table t").await;
+    from.execute("select pg_create_logical_replication_slot('pgtandem_app', 'pgoutput')").await;
+    to.execute("create table t (id int primary key)").await;
+    let store = Store::new(server(Side::Target, &to.url()), MoveName::new("app").unwrap());
+    let identity = preflight::identity(&from.connect().await).await.unwrap();
+
+    store.install(&identity).await.unwrap();
+    let report = check(&from, &to).await;
+    assert_eq!(codes(&report, "blocking"), ["slot_exists", "publication_exists", "target_not_empty"]);
+
+    store.begin(&identity).await.unwrap();
+    let report = check(&from, &to).await;
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+}
+
+#[tokio::test]
+async fn the_command_prints_and_ends_as_promised() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    let pgtandem = Pgtandem::new(&from, &to, "app");
+
+    let ready = pgtandem.run(&["check"]).await;
+    assert_eq!(ready.code, Some(0), "{ready}");
+    assert!(ready.stdout.contains("ready to move: nothing blocking"), "{ready}");
+
+    to.execute("create table in_the_way (id int)").await;
+    let refused = pgtandem.run(&["check", "--json"]).await;
+    assert_eq!(refused.code, Some(1), "{refused}");
+    let document: serde_json::Value = serde_json::from_str(&refused.stdout).unwrap();
+    assert_eq!(document["ok"], false);
+    assert_eq!(document["findings"][0]["code"], "target_not_empty");
+    assert_eq!(document["findings"][0]["objects"][0], "public.in_the_way");
+
+    let wrong = Pgtandem::new(&from.with_user("postgres", "wrong"), &to.with_user("postgres", "wrong"), "app");
+    let unreachable = wrong.run(&["check"]).await;
+    assert_eq!(unreachable.code, Some(3), "{unreachable}");
+    assert!(unreachable.stdout.contains("blocking (2)"), "{unreachable}");
+    assert!(unreachable.stderr.contains("cannot ask the source and the target"), "{unreachable}");
+}
+
+#[tokio::test]
 async fn an_older_target_is_refused() {
     let (source, target) = (Cluster::start(14).await, Cluster::start(13).await);
     let (from, to) = (source.create_database("app").await, target.create_database("app").await);
@@ -277,8 +323,11 @@ async fn check(source: &Database, target: &Database) -> Report {
 }
 
 async fn check_urls(source: &str, target: &str, config: &Config) -> Report {
-    let server = |side, url| Server::new(side, conninfo(url), config.name.as_str()).unwrap();
     preflight::run(config, &server(Side::Source, source), &server(Side::Target, target)).await
+}
+
+fn server(side: Side, url: &str) -> Server {
+    Server::new(side, conninfo(url), "app").unwrap()
 }
 
 fn conninfo(url: &str) -> ConnInfo {
@@ -336,10 +385,8 @@ fn fix(report: &Report, code: &str) -> String {
 /// Counters of updates and deletes reach the statistics a moment after the statement.
 async fn counted_updates(database: &Database, table: &str) {
     let sql = format!("select n_tup_upd + n_tup_del > 0 from pg_stat_user_tables where relid = '{table}'::regclass");
-    crate::harness::wait_until("the statistics count the change", crate::harness::PATIENCE, || async {
-        database.query_string(&sql).await == "t"
-    })
-    .await;
+    wait_until("the statistics count the change", PATIENCE, || async { database.query_string(&sql).await == "t" })
+        .await;
 }
 
 /// Everything that a check could leave behind: objects, slots, publications, sessions' settings, transactions, locks.
