@@ -42,6 +42,7 @@ pub mod postgres;
 pub mod preflight;
 pub mod schema;
 pub mod state;
+pub mod supervisor;
 pub mod telemetry;
 pub mod verify;
 

@@ -1,9 +1,12 @@
 //! `cutover`: asks the daemon to cut over, and prints each step and the write pause.
 
-use std::time::Duration;
+use std::io::Write as _;
+use std::time::{Duration, Instant};
 
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Class, Error, Result};
+use crate::postgres::{Server, Side};
+use crate::state::{Phase, Request, RequestKind, RequestState, Store};
 
 /// Switch over: fence the source, drain, set sequences, run the hook; prints each step and the write pause
 #[derive(clap::Args)]
@@ -20,12 +23,136 @@ pub struct Args {
     pub json: bool,
 }
 
+/// How often the journal is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a daemon may take to notice the request.
+const NOTICE: Duration = Duration::from_secs(10);
+
 /// Runs the command.
 ///
 /// # Errors
 /// Class no: the cutover did not happen, and writes are back on at the source.
-pub async fn run(_config: &Config, _args: &Args) -> Result<()> {
-    Err(super::not_available("cutover"))
+pub async fn run(config: &Config, args: &Args) -> Result<()> {
+    let target = Server::new(Side::Target, config.target.clone(), config.name.as_str())?;
+    let store = Store::new(target, config.name.clone());
+    let timeout = args.timeout.unwrap_or(config.cutover.timeout);
+    check_phase(config, &store).await?;
+    let arguments = serde_json::json!({
+        "timeout_ms": u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+        "dry_run": args.dry_run,
+    });
+    let id = store.submit(RequestKind::Cutover, &arguments, NOTICE).await?;
+    let request = watch(&store, id, timeout, args).await?;
+    report(&store, &request, args).await
+}
+
+/// Says at once what would only time out.
+async fn check_phase(config: &Config, store: &Store) -> Result<()> {
+    let no = |code: &'static str, message: String, hint: &str| Err(Error::new(Class::No, code, message).hint(hint));
+    let name = &config.name;
+    match store.find().await? {
+        None => no("no_move", format!("the target knows no move {name}"), "begin it with `pgtandem run`"),
+        Some(record) if record.phase == Phase::Done => {
+            no("already_done", format!("the move {name} was cut over already"), "`pgtandem status` shows how")
+        }
+        Some(record) if record.phase != Phase::Follow => no(
+            "not_following",
+            format!("the move {name} is in phase {}, not following", record.phase),
+            "`pgtandem status --watch` shows when it follows",
+        ),
+        Some(_) if !store.is_led().await? => {
+            no("no_daemon", format!("no daemon runs the move {name}"), "start it with `pgtandem run`")
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// Waits for the answer, and prints the steps as they happen.
+async fn watch(store: &Store, id: i64, timeout: Duration, args: &Args) -> Result<Request> {
+    // The daemon keeps to the timeout itself, and then has to undo.
+    let deadline = Instant::now() + NOTICE + timeout + Duration::from_secs(60);
+    let mut printed = 0;
+    let mut lost = None;
+    loop {
+        match store.request(id).await {
+            Ok(Some(request)) => {
+                if !args.json && !args.dry_run {
+                    printed = print_steps(store, id, printed).await?;
+                }
+                match request.state {
+                    RequestState::Succeeded | RequestState::Failed => return Ok(request),
+                    RequestState::Expired => {
+                        return Err(Error::new(Class::No, "not_noticed", "no daemon took the request in time")
+                            .hint("look at the daemon's log; nothing was done"));
+                    }
+                    RequestState::Waiting | RequestState::Running => {}
+                }
+            }
+            Ok(None) => return Err(Error::new(Class::No, "request_gone", "the request vanished from the state")),
+            Err(error) => lost = Some(error),
+        }
+        if Instant::now() >= deadline {
+            let unknown =
+                Error::new(Class::No, "no_answer", "the daemon did not answer; whether it cut over is not known here")
+                    .hint("`pgtandem status` tells");
+            return Err(lost.map_or(unknown, |error| error.doing("waiting for the daemon's answer")));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Prints the steps that ended since; returns how many are printed now.
+async fn print_steps(store: &Store, request: i64, printed: usize) -> Result<usize> {
+    let Some(cutover) = store.last_cutover().await?.filter(|cutover| cutover.request_id == Some(request)) else {
+        return Ok(printed);
+    };
+    let ended = cutover.steps.iter().take_while(|step| step.state != "running").collect::<Vec<_>>();
+    let mut out = std::io::stdout().lock();
+    for step in ended.iter().skip(printed) {
+        let seconds = step.seconds.map(|seconds| format!("{seconds:.3} s")).unwrap_or_default();
+        writeln!(out, "{:<10} {:<8} {seconds:>10}  {}", step.name, step.state, step.detail.as_deref().unwrap_or(""))?;
+    }
+    Ok(ended.len().max(printed))
+}
+
+async fn report(store: &Store, request: &Request, args: &Args) -> Result<()> {
+    let answer = request.answer.clone().unwrap_or_default();
+    if args.json {
+        let steps = match store.last_cutover().await? {
+            Some(cutover) if cutover.request_id == Some(request.id) => cutover.steps,
+            _ => Vec::new(),
+        };
+        let steps: Vec<_> = steps
+            .iter()
+            .map(|step| serde_json::json!({"name": step.name, "state": step.state, "seconds": step.seconds}))
+            .collect();
+        let mut document = serde_json::json!({"ok": request.state == RequestState::Succeeded, "dry_run": args.dry_run, "steps": steps});
+        if let (Some(document), Some(answer)) = (document.as_object_mut(), answer.as_object()) {
+            document.extend(answer.clone());
+        }
+        writeln!(std::io::stdout(), "{document}")?;
+    }
+    let text = |name: &str| answer.pointer(name).and_then(serde_json::Value::as_str).map(str::to_owned);
+    let seconds = |name: &str| answer.get(name).and_then(serde_json::Value::as_f64);
+    if request.state == RequestState::Succeeded {
+        match (args.json, seconds("write_pause_seconds"), seconds("drain_seconds")) {
+            (false, Some(pause), _) => writeln!(std::io::stdout(), "switched over; write pause {pause:.3} s")?,
+            (false, None, Some(drain)) => {
+                writeln!(
+                    std::io::stdout(),
+                    "ready: a marker took {drain:.3} s to reach the target; nothing was changed"
+                )?;
+            }
+            _ => {}
+        }
+        return Ok(());
+    }
+    let message = text("/error/message").unwrap_or_else(|| "the daemon gave no reason".to_owned());
+    let error = Error::new(Class::No, "cutover_not_done", message);
+    Err(match text("/error/hint") {
+        Some(hint) => error.hint(hint),
+        None => error,
+    })
 }
 
 fn timeout(text: &str) -> std::result::Result<Duration, String> {

@@ -4,6 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::Result;
+use crate::supervisor::{self, Options};
 
 /// `run --until`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -33,6 +34,15 @@ pub struct Args {
 ///
 /// # Errors
 /// Whatever ended the move; a clean stop is none.
-pub async fn run(_config: &Config, _args: &Args, _stop: &CancellationToken) -> Result<()> {
-    Err(super::not_available("run"))
+pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Result<()> {
+    let options = Options {
+        until: match args.until {
+            None => supervisor::Until::Cutover,
+            Some(Until::Copy) => supervisor::Until::Copy,
+            Some(Until::Follow) => supervisor::Until::Follow,
+        },
+        cutover_when_ready: args.cutover_when_ready,
+        standby: !args.no_standby,
+    };
+    supervisor::run(config, options, stop).await
 }

@@ -1,0 +1,643 @@
+//! The daemon: takes the move, and drives it from phase to phase.
+//!
+//! Owns the tasks, the one token that ends them, and the decision what an error means for the whole: try again, wait, or
+//! stop for a person. Promises that a start goes on from what is durable, whatever the last one died of: each phase begins
+//! by asking the state and the servers what is there, and none of its steps minds being repeated.
+//!
+//! - [`advance`](Supervisor::advance) walks the phases once; an error ends the walk.
+//! - [`steer`](steer::Steering) listens for requests while following.
+
+mod steer;
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Config, CopyMethod};
+use crate::copy::{self, by_hand, cut, publication};
+use crate::cutover::{self, Recovered, error_json};
+use crate::error::{Class, Doing, Error, Result};
+use crate::follow::{Durable, Follow, MarkerWatch};
+use crate::postgres::catalog::{self, Table};
+use crate::postgres::{QualifiedName, Server, Session, Side};
+use crate::preflight;
+use crate::schema::{self, Archive, DataArchive, DumpRequest, Programs, Restorer};
+use crate::state::{Leadership, MoveRecord, Phase, Store, TableState};
+use crate::telemetry::Recorded;
+use crate::telemetry::{Telemetry, http, progress, sampler};
+use steer::{Decision, Steering};
+
+/// How long a daemon waits before it looks again whether the move is free.
+const STANDBY_EVERY: Duration = Duration::from_secs(1);
+/// The first wait after an error; each one doubles, up to [`LONGEST_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// The last words (`done`, the write pause) stay readable for a scrape.
+const LINGER: Duration = Duration::from_millis(200);
+
+/// When to stop by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// After a cutover.
+    Cutover,
+    /// The copy is complete.
+    Copy,
+    /// The lag first reached zero.
+    Follow,
+}
+
+/// How `run` was called.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// When to stop by itself.
+    pub until: Until,
+    /// Cut over as soon as the move is ready.
+    pub cutover_when_ready: bool,
+    /// Wait while another daemon holds the move.
+    pub standby: bool,
+}
+
+/// Why a walk through the phases ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Told to stop.
+    Stopped,
+    /// What `until` asks for is reached.
+    Reached,
+    /// The application is on the target.
+    Done,
+}
+
+/// Runs the daemon until the move is done, `until` is reached or `stop` is cancelled.
+///
+/// # Errors
+/// Class no: preflight found something that blocks. Class operator: a person must decide. Class held: another daemon has
+/// the move and `standby` is off. Classes retry and wait: a server could not be reached at the beginning.
+pub async fn run(config: &Config, options: Options, stop: &CancellationToken) -> Result<()> {
+    let source = Server::new(Side::Source, config.source.clone(), config.name.as_str())?;
+    let target = Server::new(Side::Target, config.target.clone(), config.name.as_str())?;
+    let telemetry = Telemetry::new(&config.name, config.cutover.max_lag);
+    let store = Store::new(target.clone(), config.name.clone());
+    let (durable, _) = watch::channel(Durable::default());
+    let supervisor = Supervisor {
+        config,
+        options,
+        source,
+        target,
+        store,
+        telemetry,
+        durable,
+        marker: MarkerWatch::default(),
+        stop: stop.clone(),
+    };
+    let beside = CancellationToken::new();
+    let tasks = supervisor.start_beside(&beside).await?;
+    let outcome = supervisor.supervise().await;
+    if let Err(error) = &outcome {
+        supervisor.telemetry.standing_error(Some(error));
+    } else {
+        tokio::time::sleep(LINGER).await;
+    }
+    beside.cancel();
+    tasks.close();
+    tasks.wait().await;
+    outcome
+}
+
+struct Supervisor<'a> {
+    config: &'a Config,
+    options: Options,
+    source: Server,
+    target: Server,
+    store: Store,
+    telemetry: Telemetry,
+    durable: watch::Sender<Durable>,
+    marker: MarkerWatch,
+    stop: CancellationToken,
+}
+
+impl Supervisor<'_> {
+    /// What is seen from outside: HTTP, the sampler, the bars.
+    async fn start_beside(&self, cancel: &CancellationToken) -> Result<tokio_util::task::TaskTracker> {
+        let tasks = tokio_util::task::TaskTracker::new();
+        if let Some(address) = self.config.http {
+            let server = http::Listener::bind(address).await?;
+            tracing::info!(address = %server.address(), "serving /metrics, /status, /healthz and /readyz");
+            let (telemetry, cancel) = (self.telemetry.clone(), cancel.clone());
+            tasks.spawn(async move {
+                if let Err(error) = server.serve(telemetry, cancel).await {
+                    tracing::error!(%error, "the HTTP server ended");
+                }
+            });
+        }
+        tasks.spawn(sampler::run(
+            self.source.clone(),
+            self.config.name.slot(),
+            self.store.clone(),
+            self.telemetry.clone(),
+            cancel.clone(),
+        ));
+        tasks.spawn(progress::show(self.telemetry.clone(), progress::Terminal::stderr(), cancel.clone()));
+        Ok(tasks)
+    }
+
+    async fn supervise(&self) -> Result<()> {
+        self.enter().await?;
+        let mut wait = FIRST_WAIT;
+        loop {
+            let Some(mut leadership) = self.lead().await? else { return Ok(()) };
+            let epoch = leadership.epoch();
+            let began = std::time::Instant::now();
+            let walked = tokio::select! {
+                walked = self.advance(epoch) => walked,
+                lost = leadership.lost() => Err(lost),
+            };
+            drop(leadership);
+            let error = match walked {
+                Ok(End::Stopped) => {
+                    tracing::info!("stopped; `pgtandem run` goes on from here");
+                    return Ok(());
+                }
+                Ok(End::Reached) => return Ok(()),
+                Ok(End::Done) => {
+                    tracing::info!("the move is done");
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            if self.stop.is_cancelled() {
+                return Ok(());
+            }
+            self.telemetry.error(&error);
+            self.telemetry.standing_error(Some(&error));
+            if !matches!(error.class(), Class::Retry | Class::Wait) {
+                self.telemetry.phase(Phase::Failed);
+                return Err(self.remember(error).await);
+            }
+            if began.elapsed() > LONGEST_WAIT {
+                wait = FIRST_WAIT;
+            }
+            tracing::warn!(code = error.code(), "{error}; trying again in {wait:?}");
+            if self.stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+                return Ok(());
+            }
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
+    }
+
+    /// Keeps the error for `status`, if the target still takes it.
+    async fn remember(&self, error: Error) -> Error {
+        let kept = tokio::time::timeout(Duration::from_secs(5), self.store.set_error(Some(&error_json(&error)))).await;
+        if !matches!(kept, Ok(Ok(()))) {
+            tracing::warn!("the error could not be kept in the state");
+        }
+        error
+    }
+
+    /// Makes sure that the state is there: of a move that began before, or of one that may begin.
+    async fn enter(&self) -> Result<()> {
+        let found = self.store.find().await?;
+        let source = self.source.connect("control").await?;
+        let identity = preflight::identity(&source).await?;
+        match found.filter(|record| record.phase != Phase::Preflight) {
+            Some(record) => {
+                self.same_source(&record, &identity)?;
+                tracing::info!(name = %self.config.name, phase = %record.phase, "going on with the move");
+            }
+            None => {
+                self.telemetry.phase(Phase::Preflight);
+                self.preflight().await?;
+            }
+        }
+        // Also for a move that began before: a newer version may keep more.
+        self.store.install(&identity).await
+    }
+
+    /// A source that was replaced has another history; following it would mix two.
+    fn same_source(&self, record: &MoveRecord, identity: &serde_json::Value) -> Result<()> {
+        if preflight::same_server(&record.source_identity, identity) != Some(false) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Class::Operator,
+            "source_changed",
+            format!(
+                "the source is not the database that the move {} began with (it was {}, it is {identity})",
+                self.config.name, record.source_identity
+            ),
+        )
+        .hint("correct source.url, or run `pgtandem clean`, empty the target and begin the move again"))
+    }
+
+    async fn preflight(&self) -> Result<()> {
+        let report = preflight::run(self.config, &self.source, &self.target).await;
+        for finding in &report.findings {
+            tracing::info!(code = finding.code, severity = finding.severity.as_str(), "preflight: {}", finding.what);
+        }
+        let blocking: Vec<_> = report.blocking().collect();
+        if blocking.is_empty() {
+            return Ok(());
+        }
+        let (class, code) =
+            if report.unreachable() { (Class::Wait, "unreachable") } else { (Class::No, "preflight_blocked") };
+        let message = format!("{} findings block the move\n{}", blocking.len(), report.to_text(false));
+        Err(Error::new(class, code, message).hint("mend them and start again; `pgtandem check` shows them any time"))
+    }
+
+    /// Waits until no other daemon holds the move; `None` if told to stop.
+    async fn lead(&self) -> Result<Option<Leadership>> {
+        let mut waiting = false;
+        loop {
+            match self.store.try_lead().await {
+                Ok(Some(leadership)) => return Ok(Some(leadership)),
+                Ok(None) if !self.options.standby => {
+                    return Err(Error::new(Class::Held, "held", "another daemon holds this move")
+                        .hint("stop it, or leave --no-standby out to wait until it ends"));
+                }
+                Ok(None) => {
+                    if !std::mem::replace(&mut waiting, true) {
+                        tracing::info!("another daemon holds this move; waiting as a standby");
+                    }
+                }
+                Err(error) if matches!(error.class(), Class::Retry | Class::Wait) => {
+                    self.telemetry.error(&error);
+                    tracing::warn!(code = error.code(), "{error}");
+                }
+                Err(error) => return Err(error),
+            }
+            if self.stop.run_until_cancelled(tokio::time::sleep(STANDBY_EVERY)).await.is_none() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Walks the phases from where the move stands to its end.
+    async fn advance(&self, epoch: i64) -> Result<End> {
+        if let Some(recorded) = Recorded::load(&self.store).await? {
+            self.telemetry.resumed(&recorded);
+        }
+        let recovered = cutover::recover(self.config, &self.source, &self.store).await?;
+        let mut walk = Walk { supervisor: self, epoch, kit: None };
+        if recovered == Recovered::Finished {
+            walk.finish().await?;
+            return Ok(End::Done);
+        }
+        if recovered == Recovered::Undone {
+            self.enter_phase(Phase::Follow).await?;
+        }
+        loop {
+            let record = self.record().await?;
+            let end = match record.phase {
+                Phase::Preflight => {
+                    self.store.begin(&record.source_identity).await?;
+                    self.telemetry.phase(Phase::Schema);
+                    None
+                }
+                Phase::Schema => walk.schema().await?,
+                Phase::Copy => walk.copy().await?,
+                Phase::Catchup => walk.catch_up().await?,
+                Phase::Follow | Phase::Cutover | Phase::Paused | Phase::Failed => walk.follow().await?,
+                Phase::Done => Some(End::Done),
+            };
+            match end {
+                Some(end) => return Ok(end),
+                None if self.stop.is_cancelled() => return Ok(End::Stopped),
+                None => {}
+            }
+        }
+    }
+
+    async fn record(&self) -> Result<MoveRecord> {
+        self.store.find().await?.ok_or_else(|| {
+            Error::new(Class::Operator, "state_gone", "the state of the move vanished from the target")
+                .hint("someone ran `pgtandem clean` or dropped the schema pgtandem; begin the move again")
+        })
+    }
+
+    async fn enter_phase(&self, phase: Phase) -> Result<()> {
+        self.store.set_phase(phase).await?;
+        self.telemetry.phase(phase);
+        self.telemetry.standing_error(None);
+        Ok(())
+    }
+}
+
+/// One walk through the phases; what is expensive to find out is kept from one phase to the next.
+struct Walk<'a> {
+    supervisor: &'a Supervisor<'a>,
+    epoch: i64,
+    kit: Option<Kit>,
+}
+
+/// The schema of the source, and what can restore it.
+struct Kit {
+    programs: Programs,
+    archive: Archive,
+    /// Whether our sessions on the target may keep triggers and foreign keys from firing.
+    replica_role: bool,
+}
+
+impl Walk<'_> {
+    /// pg_dump and pg_restore, and a fresh dump of the schema: the archive of an earlier start is gone with its container.
+    async fn kit(&mut self) -> Result<&Kit> {
+        let s = self.supervisor;
+        if self.kit.is_none() {
+            let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+            let (from, to) = (major(&source).await?, major(&target).await?);
+            let programs = Programs::find(from, to).await?;
+            s.telemetry.activity("dumping the schema");
+            let request =
+                DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
+            let archive = schema::dump(request).await?;
+            for what in archive.left_out() {
+                tracing::info!("left out: {what}");
+            }
+            let replica_role = schema::can_set_replica_role(&target).await?;
+            self.kit = Some(Kit { programs, archive, replica_role });
+        }
+        self.kit.as_ref().ok_or_else(|| Error::bug("the schema's archive was made and is not there"))
+    }
+
+    fn restorer<'k>(&'k self, kit: &'k Kit) -> Restorer<'k> {
+        let s = self.supervisor;
+        Restorer {
+            target: &s.target,
+            store: &s.store,
+            programs: &kit.programs,
+            archive: &kit.archive,
+            telemetry: &s.telemetry,
+        }
+    }
+
+    async fn tables(&self) -> Result<Vec<Table>> {
+        let s = self.supervisor;
+        let session = s.source.connect("copy").await?;
+        let mut tables = catalog::tables(&*session).await?;
+        tables.retain(|table| s.config.scope.contains(&table.name.schema, &table.name.name));
+        Ok(tables)
+    }
+
+    async fn schema(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Schema);
+        self.kit().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let restorer = self.restorer(kit);
+        if !restorer.is_restored().await? {
+            restorer.before_data().await?;
+        }
+        s.enter_phase(Phase::Copy).await?;
+        Ok(None)
+    }
+
+    async fn copy(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Copy);
+        match s.config.copy.method {
+            CopyMethod::Copy => {
+                if self.copy_rows().await? == copy::Outcome::Stopped {
+                    return Ok(Some(End::Stopped));
+                }
+            }
+            CopyMethod::Dump => self.copy_by_dump().await?,
+            CopyMethod::None => by_hand::accept(&s.store).await?,
+        }
+        self.kit().await?;
+        let tables = self.tables().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let restorer = self.restorer(kit);
+        restorer.after_data(s.config.copy.index_workers).await?;
+        copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;
+        restorer.hold_back().await?;
+        s.enter_phase(Phase::Catchup).await?;
+        Ok((s.options.until == Until::Copy).then_some(End::Reached))
+    }
+
+    /// Under the move's first cut, or, where some tables were copied before, the rest under a newer one.
+    async fn copy_rows(&self) -> Result<copy::Outcome> {
+        let s = self.supervisor;
+        if self.all_copied().await? {
+            return Ok(copy::Outcome::Complete);
+        }
+        let cancel = s.stop.child_token();
+        let tables = self.tables().await?;
+        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+        let (exporter, cut) = self.cut(&cancel).await?;
+        let context = copy::Context {
+            source: s.source.clone(),
+            target: s.target.clone(),
+            store: s.store.clone(),
+            epoch: self.epoch,
+            scope: s.config.scope.clone(),
+            settings: s.config.copy.clone(),
+            telemetry: s.telemetry.clone(),
+            cancel,
+        };
+        copy::run(&context, exporter, &cut).await
+    }
+
+    async fn cut(
+        &self,
+        cancel: &CancellationToken,
+    ) -> Result<(crate::postgres::replication::Walsender, crate::postgres::replication::Cut)> {
+        let s = self.supervisor;
+        match s.record().await?.slot_lsn {
+            None => cut::first(&s.source, &s.store, &s.telemetry, cancel).await,
+            Some(_) => cut::another(&s.source, &s.store, &s.telemetry, cancel).await,
+        }
+    }
+
+    /// Whether a cut was taken and every table was copied under one.
+    async fn all_copied(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let tables = s.store.tables().await?;
+        Ok(s.record().await?.slot_lsn.is_some()
+            && !tables.is_empty()
+            && tables.iter().all(|table| table.state == TableState::Copied))
+    }
+
+    /// `copy.method = "dump"`: the archive is complete or made, then restored.
+    async fn copy_by_dump(&mut self) -> Result<()> {
+        if self.all_copied().await? {
+            return Ok(());
+        }
+        self.kit().await?;
+        let s = self.supervisor;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let tables = self.tables().await?;
+        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let folder = DataArchive::default_folder(&s.config.name);
+        let owner = format!("{} of {}", s.config.name, s.record().await?.source_identity);
+        let mut archive = DataArchive::open(&folder, &s.config.name, &owner)?;
+        let known = s.record().await?.slot_lsn;
+        if archive.cut()?.is_none() || known.is_none() {
+            let cancel = s.stop.child_token();
+            publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+            let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
+            s.store.plan_tables(&sizes).await?;
+            let (exporter, cut) = self.cut(&cancel).await?;
+            s.telemetry.activity(&format!("dumping rows into {}", folder.display()));
+            let request = DumpRequest {
+                source: &s.source,
+                programs: &kit.programs,
+                scope: &s.config.scope,
+                snapshot: Some(&cut.snapshot),
+            };
+            archive.dump(request, cut.lsn, s.config.copy.workers).await?;
+            exporter.close().await;
+        }
+        s.telemetry.activity(&format!("restoring rows from {}", folder.display()));
+        archive.restore(&s.target, &s.store, &kit.programs, &names, s.config.copy.workers).await
+    }
+
+    /// Follows until the target is a state that the source once had, then adds the foreign keys, which only such a
+    /// state satisfies. Nothing is applied while they are checked.
+    async fn catch_up(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Catchup);
+        self.kit().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let record = s.record().await?;
+        let beyond = record.last_cut_lsn.unwrap_or_default();
+        let stop = s.stop.child_token();
+        let mut durable = s.durable.subscribe();
+        let caught_up = async {
+            loop {
+                let progress = durable.borrow_and_update().lsn;
+                if progress >= beyond && s.telemetry.status().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        self.follow_while(kit.replica_role, &stop, caught_up).await?;
+        if s.stop.is_cancelled() {
+            return Ok(Some(End::Stopped));
+        }
+        let restorer = self.restorer(kit);
+        if kit.replica_role {
+            restorer.foreign_keys(s.config.copy.index_workers).await?;
+        }
+        restorer.refresh_materialized_views().await?;
+        s.store.record_constraints_done().await?;
+        s.enter_phase(Phase::Follow).await?;
+        Ok(None)
+    }
+
+    /// Follows, and ends following in an orderly way once `enough` completes or `stop` is cancelled.
+    async fn follow_while(
+        &self,
+        replica_role: bool,
+        stop: &CancellationToken,
+        enough: impl Future<Output = ()>,
+    ) -> Result<()> {
+        let publications = self.publications();
+        let follow = self.follower(replica_role, &publications);
+        let mut following = std::pin::pin!(follow.run(stop));
+        tokio::select! {
+            ended = &mut following => return ended,
+            () = enough => stop.cancel(),
+        }
+        following.await
+    }
+
+    fn publications(&self) -> [String; 2] {
+        let name = &self.supervisor.config.name;
+        [name.publication(), name.insert_publication()]
+    }
+
+    fn follower<'f>(&'f self, replica_role: bool, publications: &'f [String]) -> Follow<'f> {
+        let s = self.supervisor;
+        Follow {
+            config: s.config,
+            source: &s.source,
+            target: &s.target,
+            store: &s.store,
+            epoch: self.epoch,
+            publications,
+            replica_role,
+            durable: &s.durable,
+            marker: &s.marker,
+            telemetry: &s.telemetry,
+        }
+    }
+
+    async fn follow(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.enter_phase(Phase::Follow).await?;
+        let session = s.target.connect("control").await?;
+        let replica_role = schema::can_set_replica_role(&session).await?;
+        drop(session);
+        if !replica_role {
+            // Their definitions are needed behind the fence, where there is no time for a dump.
+            self.kit().await?;
+        }
+        let foreign_keys = self.kit.as_ref().filter(|_| !replica_role).map(|kit| kit.archive.foreign_keys());
+        let steering = Steering::new(s, foreign_keys);
+        let publications = self.publications();
+        let follow = self.follower(replica_role, &publications);
+        let stop = s.stop.child_token();
+        let decision = steering.beside(follow.run(&stop), &stop).await?;
+        match decision {
+            Decision::Stopped => Ok(Some(End::Stopped)),
+            Decision::Reached => Ok(Some(End::Reached)),
+            Decision::Switched => {
+                self.finish().await?;
+                Ok(Some(End::Done))
+            }
+        }
+    }
+
+    /// After the switch: checks what could not be checked under the fence, and lets the source forget us.
+    async fn finish(&mut self) -> Result<()> {
+        let s = self.supervisor;
+        s.enter_phase(Phase::Done).await?;
+        if let Some(kit) = &self.kit
+            && !kit.replica_role
+        {
+            kit.archive.foreign_keys().validate(&s.target).await.doing(|| "checking foreign keys after the switch")?;
+        }
+        // The source may be switched off already; its slot goes with it then.
+        if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
+            tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
+        }
+        Ok(())
+    }
+}
+
+/// In bytes of WAL: a busy source is never at exactly zero.
+const NEARLY_NOTHING: u64 = 16 * 1024 * 1024;
+
+/// Drops a slot once nobody streams from it.
+///
+/// # Errors
+/// It stays in use, or the connection's.
+pub async fn drop_slot(source: &Server, slot: &str) -> Result<()> {
+    let session = source.connect("slot").await?;
+    for attempt in 0..50 {
+        let dropped = session
+            .execute(
+                "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots
+                 WHERE slot_name = $1",
+                &[&slot],
+            )
+            .await;
+        match dropped.map_err(Error::from) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.code() == "object_in_use" && attempt < 49 => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(error) => return Err(error.doing(format!("dropping the slot {slot}"))),
+        }
+    }
+    Ok(())
+}
+
+async fn major(session: &Session) -> Result<u32> {
+    let row = session
+        .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
+        .await
+        .doing(|| "asking for the version")?;
+    Ok(u32::try_from(row.try_get::<_, i32>(0)?).unwrap_or(0))
+}

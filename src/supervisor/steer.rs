@@ -1,0 +1,198 @@
+//! Following under control: requests, a cutover when ready, and the point at which `run --until` ends.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Supervisor, Until};
+use crate::cutover::{Cutover, error_json};
+use crate::error::{Class, Error, Result};
+use crate::postgres::Session;
+use crate::schema::ForeignKeys;
+use crate::state::{Phase, Request, RequestKind};
+
+/// How often it looks for requests and readiness, beside what NOTIFY says.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// What steering came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Decision {
+    /// Told to stop.
+    Stopped,
+    /// What `until` asks for is reached.
+    Reached,
+    /// The application is on the target.
+    Switched,
+}
+
+/// See the module's first line.
+pub(super) struct Steering<'a> {
+    supervisor: &'a Supervisor<'a>,
+    foreign_keys: Option<&'a ForeignKeys>,
+    /// A cutover is under way: the end of following does not interrupt it.
+    busy: Cell<bool>,
+    /// Following ended meanwhile.
+    alone: Cell<bool>,
+}
+
+impl<'a> Steering<'a> {
+    pub(super) fn new(supervisor: &'a Supervisor<'a>, foreign_keys: Option<&'a ForeignKeys>) -> Self {
+        Self { supervisor, foreign_keys, busy: Cell::new(false), alone: Cell::new(false) }
+    }
+
+    /// Runs beside following, and ends both.
+    ///
+    /// A cutover under way is not broken off when following ends: behind the seal that is no failure any more, and before
+    /// it the marker does not arrive and the cutover undoes itself.
+    pub(super) async fn beside(
+        &self,
+        following: impl Future<Output = Result<()>>,
+        stop: &CancellationToken,
+    ) -> Result<Decision> {
+        let mut following = std::pin::pin!(following);
+        let mut steering = std::pin::pin!(self.steer());
+        let mut ended = None;
+        loop {
+            tokio::select! {
+                end = &mut following, if ended.is_none() => {
+                    if !self.busy.get() {
+                        return end.map(|()| Decision::Stopped);
+                    }
+                    self.alone.set(true);
+                    ended = Some(end);
+                }
+                decision = &mut steering => {
+                    stop.cancel();
+                    let ended = match ended {
+                        Some(ended) => ended,
+                        None => following.await,
+                    };
+                    return match decision {
+                        Ok(Decision::Switched) => Ok(Decision::Switched),
+                        Ok(decision) => ended.map(|()| decision),
+                        Err(error) => Err(error),
+                    };
+                }
+            }
+        }
+    }
+
+    async fn steer(&self) -> Result<Decision> {
+        let s = self.supervisor;
+        let mut listener: Option<Session> = None;
+        loop {
+            if s.stop.is_cancelled() || self.alone.get() {
+                return Ok(Decision::Stopped);
+            }
+            if s.options.until == Until::Follow && s.telemetry.status().lag.bytes == Some(0) {
+                tracing::info!("the lag reached zero");
+                return Ok(Decision::Reached);
+            }
+            if s.options.cutover_when_ready && s.telemetry.ready() {
+                self.cut_over(None, s.config.cutover.timeout).await?;
+                return Ok(Decision::Switched);
+            }
+            if listener.as_ref().is_none_or(|session| session.is_closed()) {
+                listener = Some(s.store.listen().await?);
+            }
+            while let Some(request) = s.store.take_request().await? {
+                if self.serve(&request).await? {
+                    return Ok(Decision::Switched);
+                }
+                if self.alone.get() {
+                    return Ok(Decision::Stopped);
+                }
+            }
+            let Some(session) = &mut listener else { continue };
+            tokio::select! {
+                () = s.stop.cancelled() => return Ok(Decision::Stopped),
+                _ = session.notification() => {}
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    /// Answers a request; true once switched over.
+    async fn serve(&self, request: &Request) -> Result<bool> {
+        let s = self.supervisor;
+        match request.kind {
+            RequestKind::Cutover => {
+                let argument = |name: &str| request.arguments.get(name);
+                let timeout = argument("timeout_ms")
+                    .and_then(serde_json::Value::as_u64)
+                    .map_or(s.config.cutover.timeout, Duration::from_millis);
+                if argument("dry_run").and_then(serde_json::Value::as_bool) == Some(true) {
+                    let rehearsed = self.cutover().rehearse(timeout).await;
+                    let answer = match &rehearsed {
+                        Ok(drain) => serde_json::json!({"drain_seconds": drain.as_secs_f64()}),
+                        Err(error) => serde_json::json!({"error": error_json(error)}),
+                    };
+                    s.store.answer(request.id, rehearsed.is_ok(), &answer).await?;
+                    return Ok(false);
+                }
+                match self.cut_over(Some(request.id), timeout).await {
+                    Ok(pause) => {
+                        let answer = serde_json::json!({"write_pause_seconds": pause.as_secs_f64()});
+                        // The switch stands, whether or not the one who asked hears of it.
+                        if let Err(error) = s.store.answer(request.id, true, &answer).await {
+                            tracing::warn!(%error, "the request could not be answered");
+                        }
+                        Ok(true)
+                    }
+                    Err(error) if error.class() == Class::No => {
+                        s.store.answer(request.id, false, &serde_json::json!({"error": error_json(&error)})).await?;
+                        Ok(false)
+                    }
+                    Err(error) => Err(error),
+                }
+            }
+            RequestKind::Verify => {
+                let error = Error::new(
+                    Class::No,
+                    "not_available",
+                    "verifying while following is not available in this version",
+                );
+                s.store.answer(request.id, false, &serde_json::json!({"error": error_json(&error)})).await?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn cutover(&self) -> Cutover<'_> {
+        let s = self.supervisor;
+        Cutover {
+            config: s.config,
+            source: &s.source,
+            target: &s.target,
+            store: &s.store,
+            durable: s.durable.subscribe(),
+            marker: &s.marker,
+            telemetry: &s.telemetry,
+            foreign_keys: self.foreign_keys,
+        }
+    }
+
+    async fn cut_over(&self, request: Option<i64>, timeout: Duration) -> Result<Duration> {
+        let s = self.supervisor;
+        self.busy.set(true);
+        s.store.set_phase(Phase::Cutover).await?;
+        let switched = self.cutover().run(request, timeout).await;
+        self.busy.set(false);
+        match switched {
+            Ok(switched) => {
+                s.store.set_phase(Phase::Done).await?;
+                s.telemetry.phase(Phase::Done);
+                Ok(switched.write_pause)
+            }
+            Err(error) => {
+                if error.class() == Class::No {
+                    s.store.set_phase(Phase::Follow).await?;
+                    s.telemetry.phase(Phase::Follow);
+                }
+                Err(error)
+            }
+        }
+    }
+}
