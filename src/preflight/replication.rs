@@ -31,7 +31,7 @@ const OLD_TRANSACTIONS: &str = r"
            extract(epoch FROM pg_catalog.clock_timestamp() - a.xact_start)::int8
     FROM pg_catalog.pg_stat_activity a
     WHERE a.backend_xid IS NOT NULL AND a.pid <> pg_catalog.pg_backend_pid()
-      AND a.xact_start < pg_catalog.clock_timestamp() - interval '60 seconds'
+      AND (a.xact_start IS NULL OR a.xact_start < pg_catalog.clock_timestamp() - interval '60 seconds')
     ORDER BY a.xact_start";
 
 const PREPARED: &str = r"
@@ -194,8 +194,11 @@ pub(super) async fn in_progress(source: &Place<'_>) -> Result<Vec<Finding>> {
     let mut found = Vec::new();
     for row in source.client.query(OLD_TRANSACTIONS, &[]).await? {
         let (pid, user, database): (i32, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        let seconds: i64 = row.try_get(3)?;
-        let what = format!("session {pid} of {user} in {database} has a transaction open for {seconds} s");
+        let since = row.try_get::<_, Option<i64>>(3)?.map_or_else(
+            || "since a time that only pg_monitor may see".to_owned(),
+            |seconds| format!("for {seconds} s"),
+        );
+        let what = format!("session {pid} of {user} in {database} has a transaction open {since}");
         let fix = format!("let it finish, or: SELECT pg_terminate_backend({pid});");
         found.push(OLD_TRANSACTION.on(Side::Source, what).fix(fix).objects(vec![format!("pid {pid}")]));
     }

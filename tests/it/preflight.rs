@@ -256,6 +256,11 @@ async fn an_old_transaction_is_only_named_once_it_is_old() {
     writer.batch_execute("begin; select pg_current_xact_id()").await.unwrap();
 
     assert_eq!(finding(&check(&from, &to).await, "old_transaction"), None);
+
+    from.execute(&format!("create role blind login password '{PASSWORD}'")).await;
+    let report = check(&from.with_user("blind", PASSWORD), &to).await;
+    let named = finding(&report, "old_transaction").expect("an age that cannot be seen may be any");
+    assert!(named.what.contains("only pg_monitor may see"), "{}", named.what);
 }
 
 #[tokio::test]
