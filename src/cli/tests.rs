@@ -32,7 +32,7 @@ fn every_form_of_the_contract_is_understood() {
         "resync public.a public.b",
         "snapshot",
         "clean --yes",
-        "demo --rows 10 --keep",
+        "demo --rows 200000 --keep",
         "completions zsh",
         "status --source host=a --target host=b --name x --log-level debug --log-format json",
     ] {

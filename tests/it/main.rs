@@ -5,6 +5,8 @@
 
 mod harness;
 
+mod command_line;
+mod connecting;
 mod harness_itself;
 mod preflight;
 mod telemetry;
