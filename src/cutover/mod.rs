@@ -36,6 +36,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, CutoverVerify, Fence as FenceKind};
 use crate::error::{Class, Doing, Error, Result};
@@ -67,6 +68,8 @@ pub struct Cutover<'a> {
     pub telemetry: &'a Telemetry,
     /// Foreign keys that could not be restored before, because they would fire while following.
     pub foreign_keys: Option<&'a ForeignKeys>,
+    /// Gives the cutover up, as long as it is not decided.
+    pub cancel: CancellationToken,
 }
 
 /// A cutover that happened.
@@ -86,7 +89,8 @@ impl Cutover<'_> {
         let deadline = Instant::now() + timeout;
         let id = self.store.begin_cutover(request).await?;
         self.telemetry.cutover(None);
-        let mut journal = Journal { store: self.store, telemetry: self.telemetry, id, ordinal: 0 };
+        let cancel = self.cancel.clone();
+        let mut journal = Journal { store: self.store, telemetry: self.telemetry, id, ordinal: 0, cancel };
         match self.steps(&mut journal, deadline, timeout).await {
             Ok(switched) => {
                 let seconds = switched.write_pause.as_secs_f64();
@@ -127,6 +131,7 @@ impl Cutover<'_> {
         }
         // The decision. From here on `recover` asks the fence itself what became of it.
         self.store.set_cutover(journal.id, CutoverState::Switching, None, None).await?;
+        journal.cancel = CancellationToken::new();
         match closed {
             Some(closed) => journal.step("seal", deadline, self.seal(closed, &names)).await?,
             None => journal.skip("seal", "cutover.fence = \"none\"").await?,
@@ -330,6 +335,8 @@ struct Journal<'a> {
     telemetry: &'a Telemetry,
     id: i64,
     ordinal: i32,
+    /// Ends the step that is under way.
+    cancel: CancellationToken,
 }
 
 impl Journal<'_> {
@@ -337,10 +344,13 @@ impl Journal<'_> {
         self.ordinal += 1;
         let began = Instant::now();
         self.write(name, "running", None, None).await?;
-        let outcome = match tokio::time::timeout_at(deadline.into(), work).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(Error::new(Class::No, "cutover_timeout", "cutover.timeout ran out")
-                .hint("raise cutover.timeout, or find out what made this step slow")),
+        let outcome = tokio::select! {
+            outcome = work => outcome,
+            () = self.cancel.cancelled() => Err(Error::new(Class::No, "stopped", "the daemon was told to stop")),
+            () = tokio::time::sleep_until(deadline.into()) => {
+                Err(Error::new(Class::No, "cutover_timeout", "cutover.timeout ran out")
+                    .hint("raise cutover.timeout, or find out what made this step slow"))
+            }
         };
         let seconds = Some(began.elapsed().as_secs_f64());
         match outcome {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, MissingRow, MoveName};
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::replication::Walsender;
+use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server};
 use crate::state::Store;
@@ -115,7 +115,7 @@ impl Follow<'_> {
     /// ours any more, a table has another shape.
     pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
         let progress = self.store.progress().await?;
-        self.check_slot(progress.lsn).await?;
+        let version = self.check_slot(progress.lsn).await?;
         self.durable.send_modify(|durable| {
             durable.lsn = progress.lsn;
             durable.commit_micros = progress.commit_micros;
@@ -124,7 +124,7 @@ impl Follow<'_> {
 
         let pipeline = pipeline::Pipeline::new(self.apply_connection().await?);
         let catalog = self.target.connect("catalog").await?;
-        let stream = self.stream(progress.lsn).await?;
+        let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
         let reader = reader::Reader::new(stream, sender, self.durable.subscribe(), self.telemetry.clone());
         let applier = apply::Applier {
@@ -177,22 +177,30 @@ impl Follow<'_> {
         Ok(wire)
     }
 
-    async fn stream(&self, from: Lsn) -> Result<crate::postgres::replication::ReplicationStream> {
+    async fn stream(&self, from: Lsn, version: i32) -> Result<ReplicationStream> {
         let walsender = Walsender::connect(self.source, "stream").await?;
         let publications: Vec<String> =
             self.publications.iter().map(|name| crate::postgres::quote_identifier(name)).collect();
-        let options = [("proto_version", "1".to_owned()), ("publication_names", publications.join(","))];
+        let mut options = vec![("proto_version", "1".to_owned()), ("publication_names", publications.join(","))];
+        // From 15 on a transaction in which nothing is published is not sent at all, and the marker is such a one: only
+        // its message makes it travel. 13 knows no messages and sends every transaction.
+        if version >= 140_000 {
+            options.push(("messages", "true".to_owned()));
+        }
         walsender.stream(&self.config.name.slot(), from, &options).await
     }
 
     /// The slot must be the one that our progress belongs to: confirmed up to progress at most, for we never confirm
-    /// more. A slot that was made again, or moved on by someone else, has lost changes that we do not have.
-    async fn check_slot(&self, progress: Lsn) -> Result<()> {
+    /// more. A slot that was made again, or moved on by someone else, has lost changes that we do not have. Returns the
+    /// source's `server_version_num`.
+    async fn check_slot(&self, progress: Lsn) -> Result<i32> {
         let slot = self.config.name.slot();
         let session = self.source.connect("slot").await?;
         let row = session
             .query_opt(
-                "SELECT plugin, confirmed_flush_lsn::text, wal_status = 'lost', database = pg_catalog.current_database()
+                "SELECT plugin::text, confirmed_flush_lsn::text, wal_status = 'lost',
+                        database = pg_catalog.current_database(),
+                        pg_catalog.current_setting('server_version_num')::int4
                  FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
                 &[&slot],
             )
@@ -222,7 +230,7 @@ impl Follow<'_> {
                 "slot_advanced",
                 format!("the slot {slot} stands at {confirmed}, beyond what the target holds ({progress})"),
             )),
-            _ => Ok(()),
+            _ => Ok(row.try_get(4)?),
         }
     }
 }

@@ -171,6 +171,7 @@ impl<'a> Steering<'a> {
             marker: &s.marker,
             telemetry: &s.telemetry,
             foreign_keys: self.foreign_keys,
+            cancel: s.stop.clone(),
         }
     }
 
