@@ -23,7 +23,7 @@ use super::restore::{RESTORE, end_leftovers};
 use super::{Programs, toc};
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::{Lsn, QualifiedName, Server};
+use crate::postgres::{Lsn, QualifiedName, Server, quote_literal};
 use crate::state::{Store, copied_sql};
 
 /// Tables emptied by one statement; each takes locks on itself, its TOAST table and its indexes.
@@ -145,13 +145,11 @@ impl DataArchive {
         let mut statements = String::new();
         let transaction = session.transaction().await?;
         for table in tables {
-            let row = transaction
-                .query_one(
-                    &format!("SELECT count(*), pg_catalog.pg_table_size($1) FROM ONLY {table}"),
-                    &[&oid(&transaction, table).await?],
-                )
-                .await
-                .doing(|| format!("counting {}", table.plain()))?;
+            let sql = format!(
+                "SELECT count(*), pg_catalog.pg_table_size({}::pg_catalog.regclass) FROM ONLY {table}",
+                quote_literal(&table.to_string())
+            );
+            let row = transaction.query_one(&sql, &[]).await.doing(|| format!("counting {}", table.plain()))?;
             let count = |at: usize| -> Result<u64> { Ok(u64::try_from(row.try_get::<_, i64>(at)?).unwrap_or(0)) };
             statements.push_str(&copied_sql(store.name().as_str(), table, cut, count(0)?, count(1)?));
             statements.push_str(";\n");
@@ -188,11 +186,6 @@ impl DataArchive {
     fn rows(&self) -> PathBuf {
         self.folder.join("rows")
     }
-}
-
-async fn oid(client: &impl tokio_postgres::GenericClient, table: &QualifiedName) -> Result<u32> {
-    let row = client.query_one("SELECT $1::text::pg_catalog.regclass::oid", &[&table.to_string()]).await?;
-    Ok(row.try_get(0)?)
 }
 
 fn open(folder: &Path, name: &MoveName, source: &str) -> Result<DataArchive> {

@@ -50,8 +50,8 @@ struct First {
 impl First {
     fn find(stderr: &str) -> Self {
         let mut first = Self::default();
-        let mut lines = stderr.lines().peekable();
-        while let Some(line) = lines.next() {
+        let mut lines = stderr.lines();
+        for line in lines.by_ref() {
             if let Some((_, entry)) = line.split_once(": from TOC entry ") {
                 first.object = entry.splitn(4, ' ').nth(3).map(str::to_owned);
             } else if let Some(message) = error_of(line) {

@@ -9,4 +9,5 @@ mod command_line;
 mod connecting;
 mod harness_itself;
 mod preflight;
+mod schema;
 mod telemetry;
