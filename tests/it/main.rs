@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod copy;
 mod harness_itself;
 mod preflight;
 mod telemetry;
