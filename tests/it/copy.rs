@@ -14,7 +14,7 @@ use pgtandem::state::{Leadership, Store, TableState};
 use pgtandem::telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Cluster, Database, PATIENCE, assert_same, versions_under_test, wait_until};
+use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, assert_same, versions_under_test, wait_until};
 
 /// A move whose schema is the same on both sides already.
 struct Move {
@@ -432,8 +432,7 @@ async fn a_locked_table_of_the_source_is_waited_for() {
 async fn publications_never_refuse_an_update_and_follow_the_tables() {
     let moved = Move::new(AWKWARD).await;
     moved.source.execute(AWKWARD_ROWS).await;
-    let members =
-        "select pubname, schemaname || '.' || tablename from pg_publication_tables order by 1, 2";
+    let members = "select pubname, schemaname || '.' || tablename from pg_publication_tables order by 1, 2";
     assert_eq!(moved.publish().await, ["pgtandem_app", "pgtandem_app_inserts"]);
     let published = moved.source.query_strings(members).await;
     for expected in [
@@ -510,4 +509,39 @@ async fn a_copy_by_hand_is_taken_over() {
     assert!(tables.iter().all(|t| t.state == TableState::Copied && t.cut_lsn == Some(cut.lsn)));
     let again = by_hand::offer(source, store, &moved.config, telemetry, cancel).await.map(|_| ()).unwrap_err();
     assert_eq!(again.code(), "slot_exists");
+}
+
+#[tokio::test]
+async fn a_snapshot_is_held_for_a_dump_by_hand() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(LARGE).await;
+    from.execute("insert into small select generate_series(1, 10)").await;
+    let mut holding = Pgtandem::new(&from, &to, "app").spawn(&["snapshot", "--json"]);
+    wait_until("the snapshot is printed", PATIENCE, async || {
+        assert!(holding.is_running(), "{}", holding.stderr());
+        holding.stdout().ends_with('\n')
+    })
+    .await;
+    let printed: serde_json::Value = serde_json::from_str(&holding.stdout()).unwrap();
+    assert_eq!(printed["slot"], "pgtandem_app");
+
+    // What is written now is not in the snapshot.
+    from.execute("insert into small values (11)").await;
+    let reader = from.connect().await;
+    let begin = format!(
+        "begin isolation level repeatable read; set transaction snapshot '{}'",
+        printed["snapshot"].as_str().unwrap()
+    );
+    reader.batch_execute(&begin).await.unwrap();
+    let count: i64 = reader.query_one("select count(*) from small", &[]).await.unwrap().get(0);
+    assert_eq!(count, 10);
+
+    holding.terminate();
+    let done = holding.wait(PATIENCE).await;
+    assert_eq!(done.code, Some(0), "{done}");
+    let slot = "select slot_lsn from pgtandem.move";
+    assert_eq!(to.query_strings(slot).await, [printed["lsn"].as_str().unwrap()]);
+    let again = Pgtandem::new(&from, &to, "app").run(&["snapshot"]).await;
+    assert_eq!(again.code, Some(4), "{again}");
 }
