@@ -98,6 +98,7 @@ impl Command {
             Self::Verify(args) => args.json,
             Self::Cutover(args) => args.json,
             Self::Rollback(args) => args.json,
+            Self::Snapshot(args) => args.json,
             _ => false,
         }
     }

@@ -140,7 +140,7 @@ impl Plan {
         let mut columns = Vec::with_capacity(relation.columns.len());
         for column in &relation.columns {
             let Some(found) = target.columns.iter().find(|c| c.name == column.name) else {
-                return Err(shape(&table, format!("column {:?} is missing on the target", column.name)));
+                return Err(shape(&table, &format!("column {:?} is missing on the target", column.name)));
             };
             let same_type = if column.type_oid < FIRST_USER_OID {
                 column.type_oid == found.type_oid && column.type_modifier == found.type_modifier
@@ -148,7 +148,7 @@ impl Plan {
                 types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
             };
             if !same_type {
-                return Err(shape(&table, format!("column {:?} has another type on the target", column.name)));
+                return Err(shape(&table, &format!("column {:?} has another type on the target", column.name)));
             }
             columns.push(PlannedColumn {
                 name: quote_identifier(&column.name),
@@ -294,7 +294,7 @@ fn finder(relation: &Relation, target: &TargetTable) -> Finder {
     }
 }
 
-fn shape(table: &str, what: String) -> Error {
+fn shape(table: &str, what: &str) -> Error {
     Error::new(Class::Operator, "shape_differs", format!("table {table} differs between the sides: {what}"))
         .hint("make the same change to the table on the target, then start again; nothing of the change was applied")
 }

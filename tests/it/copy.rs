@@ -1,0 +1,547 @@
+//! The copy against real servers: every row of the cut, whatever is in it and whatever dies, and a stream that goes on
+//! exactly where the cut ends.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pgtandem::config::{Config, Environment, Flags, Settings};
+use pgtandem::copy::{self, Context, Outcome, by_hand, cut, publication};
+use pgtandem::error::Class;
+use pgtandem::postgres::pgoutput::{Message, Tuple, Value};
+use pgtandem::postgres::replication::{Event, Walsender};
+use pgtandem::postgres::{Lsn, QualifiedName, Server, Side, catalog};
+use pgtandem::state::{Leadership, Store, TableState};
+use pgtandem::telemetry::Telemetry;
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, assert_same, versions_under_test, wait_until};
+
+/// A move whose schema is the same on both sides already.
+struct Move {
+    source: Database,
+    target: Database,
+    config: Config,
+    context: Context,
+    _leadership: Leadership,
+    _clusters: (Cluster, Cluster),
+}
+
+impl Move {
+    async fn new(schema: &str) -> Self {
+        Self::configured(Cluster::pair().await, schema, &[]).await
+    }
+
+    async fn configured(clusters: (Cluster, Cluster), schema: &str, more: &[(&str, &str)]) -> Self {
+        let (source, target) = (clusters.0.create_database("app").await, clusters.1.create_database("app").await);
+        source.execute(schema).await;
+        target.execute(schema).await;
+        let flags = Flags {
+            source: Some(source.url()),
+            target: Some(target.url()),
+            name: Some("app".to_owned()),
+            ..Flags::default()
+        };
+        let mut settings = Settings::gather(&flags, Environment::of([])).unwrap().config().unwrap();
+        for (key, value) in more {
+            match *key {
+                "split_above" => settings.copy.split_above = value.parse().unwrap(),
+                "workers" => settings.copy.workers = value.parse().unwrap(),
+                other => panic!("{other}"),
+            }
+        }
+        let config = settings;
+        let server = |side, info: &pgtandem::postgres::ConnInfo| Server::new(side, info.clone(), "app").unwrap();
+        let (from, to) = (server(Side::Source, &config.source), server(Side::Target, &config.target));
+        let store = Store::new(to.clone(), config.name.clone());
+        store.install(&serde_json::json!({})).await.unwrap();
+        let leadership = store.try_lead().await.unwrap().unwrap();
+        let context = Context {
+            source: from,
+            target: to,
+            store,
+            epoch: leadership.epoch(),
+            scope: config.scope.clone(),
+            settings: config.copy.clone(),
+            telemetry: Telemetry::default(),
+            cancel: CancellationToken::new(),
+        };
+        Self { source, target, config, context, _leadership: leadership, _clusters: clusters }
+    }
+
+    async fn publish(&self) -> Vec<String> {
+        let session = self.context.source.connect("test").await.unwrap();
+        let tables = catalog::tables(&*session).await.unwrap();
+        publication::ensure(&self.context.source, &self.config, &tables, &self.context.telemetry).await.unwrap()
+    }
+
+    async fn first_cut(&self) -> (Walsender, pgtandem::postgres::replication::Cut) {
+        let Context { source, store, telemetry, cancel, .. } = &self.context;
+        self.publish().await;
+        cut::first(source, store, telemetry, cancel).await.unwrap()
+    }
+
+    async fn another_cut(&self) -> (Walsender, pgtandem::postgres::replication::Cut) {
+        let Context { source, store, telemetry, cancel, .. } = &self.context;
+        self.publish().await;
+        cut::another(source, store, telemetry, cancel).await.unwrap()
+    }
+
+    async fn copy(&self) -> Outcome {
+        let (walsender, cut) = self.first_cut().await;
+        copy::run(&self.context, walsender, &cut).await.unwrap()
+    }
+
+    async fn states(&self) -> BTreeMap<String, TableState> {
+        self.context.store.tables().await.unwrap().into_iter().map(|t| (t.name.plain(), t.state)).collect()
+    }
+
+    /// Ids of the rows of `public.ledger` that the slot streams, with the commit position of each, up to the position
+    /// that the source has now.
+    async fn streamed(&self) -> Vec<(Lsn, i64)> {
+        let end: Lsn = self.source.query_string("select pg_current_wal_lsn()").await.parse().unwrap();
+        // A commit after `end`, so that the stream has something to end with.
+        self.source.execute("insert into public.ledger values (0)").await;
+        let walsender = Walsender::connect(&self.context.source, "test").await.unwrap();
+        let names = vec![self.config.name.publication(), self.config.name.insert_publication()].join(",");
+        let options = [("proto_version", "1".to_owned()), ("publication_names", names)];
+        let mut stream = walsender.stream(&self.config.name.slot(), Lsn::ZERO, &options).await.unwrap();
+        let (mut found, mut commit) = (Vec::new(), Lsn::ZERO);
+        loop {
+            while let Some(event) = stream.buffered().unwrap() {
+                let Event::Data { payload, .. } = event else { continue };
+                match Message::decode(&payload).unwrap() {
+                    Message::Begin { commit_lsn, .. } if commit_lsn >= end => return found,
+                    Message::Begin { commit_lsn, .. } => commit = commit_lsn,
+                    Message::Insert { new, .. } => found.push((commit, first_column(&new))),
+                    _ => {}
+                }
+            }
+            tokio::time::timeout(PATIENCE, stream.fill()).await.expect("the stream goes on").unwrap();
+        }
+    }
+
+    /// Each row of the ledger is in the target's copy or in the stream after the table's cut, and in one of them only.
+    async fn assert_ledger_meets_the_stream(&self) {
+        let mut expected = self.source.query_strings("select id from public.ledger order by id").await;
+        let tables = self.context.store.tables().await.unwrap();
+        let ledger = tables.iter().find(|t| t.name == QualifiedName::new("public", "ledger")).unwrap();
+        let cut = ledger.cut_lsn.expect("the ledger is copied");
+        let mut found = self.target.query_strings("select id from public.ledger").await;
+        let copied = found.len();
+        let streamed = self.streamed().await;
+        let later = streamed.into_iter().filter(|(commit, _)| *commit >= cut).map(|(_, id)| id.to_string());
+        found.extend(later);
+        assert!(copied > 0 && copied < found.len(), "both sides of the cut hold rows: {copied} of {}", found.len());
+        found.sort_by_key(|id| id.parse::<i64>().unwrap());
+        expected.sort_by_key(|id| id.parse::<i64>().unwrap());
+        assert!(found == expected, "{} rows arrive, {} are expected", found.len(), expected.len());
+    }
+}
+
+fn first_column(tuple: &Tuple) -> i64 {
+    match tuple.values().next() {
+        Some(Value::Text(text)) => std::str::from_utf8(text).unwrap().parse().unwrap(),
+        other => panic!("an id, not {other:?}"),
+    }
+}
+
+const AWKWARD: &str = r#"
+    create schema "s.1 ""q""";
+    create type "s.1 ""q""".mood as enum ('so, so', 'gr"eat', '\.');
+    create table "s.1 ""q"""."Tab\le, TABLE x" (
+        "select" int primary key, "ünï""cödé.col" text, m "s.1 ""q""".mood, dropped int,
+        g text generated always as ("ünï""cödé.col" || '!') stored,
+        i int generated always as identity);
+    alter table "s.1 ""q"""."Tab\le, TABLE x" drop column dropped;
+    create table nothing ();
+    create table only_generated (g int generated always as (42) stored);
+    create table empty (id int);
+    create table types (
+        id int primary key, f4 real, f8 double precision, n numeric, b bytea, t text, j jsonb, ts timestamptz, iv interval,
+        d date, tm time, bits bit varying, arr int[], texts text[], r int4range, u uuid, net inet, pt point, mo money, x xml,
+        v tsvector, c char(5));
+    create table parent (id int, name text);
+    create table child (more text) inherits (parent);
+    create table parts (id int, region text, primary key (id, region)) partition by list (region);
+    create table parts_eu partition of parts for values in ('eu') partition by range (id);
+    create table parts_eu_low partition of parts_eu for values from (0) to (100);
+    create table parts_eu_high partition of parts_eu for values from (100) to (200);
+    create table parts_rest partition of parts default;
+"#;
+
+const AWKWARD_ROWS: &str = r#"
+    insert into "s.1 ""q"""."Tab\le, TABLE x" ("select", "ünï""cödé.col", m) values
+        (1, E'tab\tnewline\ncr\rbackslash\\ \\.', 'so, so'), (2, '', 'gr"eat'), (3, null, '\.'), (4, 'null', null), (5, '\N', null);
+    insert into nothing select from generate_series(1, 7);
+    insert into only_generated select from generate_series(1, 3);
+    insert into types values
+        (1, 'NaN', '-0', 'NaN', '\x00ff5c27', E'\\.', '{"a": [1, null, "\u00e9"]}', 'infinity', '-1 year 2 days -03:00',
+         '0044-03-15 BC', '24:00:00', b'1011', '[0:1]={1,null}', '{"a,b","\"q\"",null,"NULL"}', '(1,5]',
+         '00000000-0000-0000-0000-000000000001', '::1/64', '(1.5,-0)', -1234567.89, '<a>1</a><b/>', 'a:1A b', 'x'),
+        (2, 1e-45, 5e-324, 1e1000, decode(repeat('0a0d095c', 100), 'hex'), repeat(E'\n\\', 5000), 'null', '-infinity', '0', 'infinity',
+         '00:00', '', '{}', '{{a,b},{c,d}}', 'empty', 'ffffffff-ffff-ffff-ffff-ffffffffffff', '10.0.0.1', '(0,0)', 0, '', '', ''),
+        (3, 3.4028235e38, 1.7976931348623157e308, 0.10, '', '', '0', '0001-01-01 00:00:00.000001+00 BC', '178000000 years', '-infinity',
+         '23:59:59.999999', null, null, null, null, null, null, null, null, null, null, null);
+    insert into parent select i, 'p' || i from generate_series(1, 10) i;
+    insert into child select i, 'c' || i, 'more' from generate_series(1, 20) i;
+    insert into parts select i, case when i % 3 = 0 then 'eu' else 'us' end from generate_series(0, 199) i;
+"#;
+
+#[tokio::test]
+async fn every_kind_of_table_and_value_arrives() {
+    // Given servers whose settings would change how values print, each in another way.
+    let (from, to) = versions_under_test();
+    let source = Cluster::builder(from).set("datestyle", "German").set("intervalstyle", "sql_standard");
+    let source = source.set("bytea_output", "escape").set("extra_float_digits", "0").set("statement_timeout", "60s");
+    let target = Cluster::builder(to).set("timezone", "Asia/Kolkata").set("datestyle", "SQL, DMY");
+    let moved = Move::configured(tokio::join!(source.start(), target.start()), AWKWARD, &[]).await;
+    moved.source.execute(AWKWARD_ROWS).await;
+
+    assert_eq!(moved.copy().await, Outcome::Complete);
+
+    // Sequences are set by the cutover; here, so that nothing but them is left out of the comparison.
+    let value = r#"select setval('"s.1 ""q"""."Tab\le, TABLE x_i_seq"', 5)"#;
+    moved.target.execute(value).await;
+    assert_same(&moved.source, &moved.target).await;
+    assert!(moved.states().await.values().all(|state| *state == TableState::Copied));
+    let only = "select count(*) from only parent";
+    assert_eq!(moved.target.query_strings(only).await, ["10"], "a parent's children are copied once");
+    let rows = moved.context.store.tables().await.unwrap().iter().map(|t| t.rows).sum::<u64>();
+    assert_eq!(rows, 5 + 7 + 3 + 3 + 10 + 20 + 200);
+    // Statistics are there afterwards.
+    let session = moved.context.source.connect("test").await.unwrap();
+    let tables = catalog::tables(&*session).await.unwrap();
+    copy::analyze(&moved.context.target, &tables, moved.config.copy.index_workers, &moved.context.telemetry)
+        .await
+        .unwrap();
+    assert_eq!(moved.target.query_strings("select reltuples from pg_class where relname = 'parts'").await, ["200"]);
+}
+
+const LARGE: &str = "
+    create table large (id bigint primary key, filler text);
+    alter table large set (autovacuum_enabled = off);
+    create table ledger (id bigint);
+    create table small (id int primary key);";
+
+const LARGE_ROWS: &str = "
+    insert into large select i, repeat(md5(i::text), 8) from generate_series(1, 200000) i;
+    delete from large where id % 7 = 0;
+    insert into small select generate_series(1, 100);
+    insert into ledger select generate_series(1, 1000);";
+
+#[tokio::test]
+async fn a_large_table_is_copied_in_parts() {
+    let (source, target) = tokio::join!(Cluster::start(14), Cluster::start(18));
+    let moved = Move::configured((source, target), LARGE, &[("split_above", "4000000"), ("workers", "4")]).await;
+    moved.source.execute(LARGE_ROWS).await;
+    assert_eq!(moved.copy().await, Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+}
+
+#[tokio::test]
+async fn a_source_that_cannot_read_ranges_is_copied_whole() {
+    let (source, target) = tokio::join!(Cluster::start(13), Cluster::start(15));
+    let moved = Move::configured((source, target), LARGE, &[("split_above", "4000000")]).await;
+    moved.source.execute(LARGE_ROWS).await;
+    assert_eq!(moved.copy().await, Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+}
+
+/// Inserts the next ids into the ledger, several transactions at once that overlap, until told to stop.
+fn write_ledger(source: &Database, stop: &CancellationToken) -> Vec<tokio::task::JoinHandle<()>> {
+    (0..3i64)
+        .map(|writer| {
+            let (source, stop) = (source.clone(), stop.clone());
+            tokio::spawn(async move {
+                let client = source.connect().await;
+                let mut id = 1_000_000 * (writer + 1);
+                while !stop.is_cancelled() {
+                    id += 3;
+                    let sql = format!(
+                        "begin; insert into ledger values ({id}); savepoint s; insert into ledger values (-1);
+                         rollback to s; insert into ledger values ({}); commit",
+                        id + 1
+                    );
+                    client.batch_execute(&sql).await.unwrap();
+                }
+            })
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn the_stream_goes_on_exactly_where_the_cut_ends() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let stop = CancellationToken::new();
+    let writers = write_ledger(&moved.source, &stop);
+
+    moved.copy().await;
+
+    stop.cancel();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    moved.assert_ledger_meets_the_stream().await;
+}
+
+#[tokio::test]
+async fn a_copy_that_was_killed_goes_on_under_another_cut() {
+    let moved = Move::configured(Cluster::pair().await, LARGE, &[("split_above", "2000000"), ("workers", "2")]).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let stop = CancellationToken::new();
+    let writers = write_ledger(&moved.source, &stop);
+
+    // Given a copy that dies while some parts of the large table are in the target and the ledger is not.
+    let (walsender, first) = moved.first_cut().await;
+    let holder = moved.target.connect().await;
+    holder.batch_execute("begin; lock table ledger, small in share mode").await.unwrap();
+    let some_parts = async {
+        wait_until("some parts of the large table are there", PATIENCE, async || {
+            moved.target.query_string("select count(*) > 0 from large").await == "t"
+        })
+        .await;
+    };
+    tokio::select! {
+        done = copy::run(&moved.context, walsender, &first) => panic!("it cannot end: {done:?}"),
+        () = some_parts => {}
+    }
+    drop(holder);
+    assert_eq!(moved.states().await["public.large"], TableState::Copying);
+
+    // When the next start takes another cut.
+    moved.source.execute("update large set filler = 'changed' where id % 1000 = 1").await;
+    let (walsender, second) = moved.another_cut().await;
+    assert!(second.lsn > first.lsn);
+    assert_eq!(moved.context.store.find().await.unwrap().unwrap().last_cut_lsn, Some(second.lsn));
+    assert_eq!(copy::run(&moved.context, walsender, &second).await.unwrap(), Outcome::Complete);
+
+    // Then everything is there once, and the slot still begins at the first cut.
+    stop.cancel();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    let sum = "select count(*), sum(hashtext(l::text)) from large l";
+    assert_eq!(moved.source.query_strings(sum).await, moved.target.query_strings(sum).await);
+    moved.assert_ledger_meets_the_stream().await;
+    // And a third run finds nothing to do.
+    let (walsender, third) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &third).await.unwrap(), Outcome::Complete);
+    assert_eq!(moved.source.query_strings(sum).await, moved.target.query_strings(sum).await);
+}
+
+#[tokio::test]
+async fn a_stop_leaves_nothing_half_done() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let (walsender, cut) = moved.first_cut().await;
+    let holder = moved.target.connect().await;
+    holder.batch_execute("begin; lock table large in share mode").await.unwrap();
+    let stop = async {
+        wait_until("the small tables are copied", PATIENCE, async || {
+            moved.states().await.get("public.ledger") == Some(&TableState::Copied)
+        })
+        .await;
+        moved.context.cancel.cancel();
+    };
+    let (outcome, ()) = tokio::join!(copy::run(&moved.context, walsender, &cut), stop);
+    assert_eq!(outcome.unwrap(), Outcome::Stopped);
+    drop(holder);
+    assert_eq!(moved.target.query_strings("select count(*) from large").await, ["0"]);
+}
+
+#[tokio::test]
+async fn rows_of_someone_else_are_not_removed() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    moved.target.execute("insert into small values (-1)").await;
+    let (walsender, cut) = moved.first_cut().await;
+    let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
+    assert_eq!((error.class(), error.code()), (Class::Operator, "target_table_not_empty"), "{error}");
+    assert!(error.to_string().contains("public.small"), "{error}");
+    assert_eq!(moved.target.query_strings("select * from small").await, ["-1"]);
+}
+
+#[tokio::test]
+async fn a_table_that_was_rewritten_after_the_cut_is_copied_under_another() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let (walsender, cut) = moved.first_cut().await;
+    // An older snapshot sees this table empty from here on.
+    moved.source.execute("alter table small alter column id type bigint").await;
+    moved.target.execute("alter table small alter column id type bigint").await;
+
+    let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
+    assert_eq!((error.class(), error.code()), (Class::Retry, "table_rewritten"), "{error}");
+
+    let (walsender, cut) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+}
+
+#[tokio::test]
+async fn a_missing_column_and_a_refused_row_are_said() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    moved.target.execute("alter table small drop column id").await;
+    let (walsender, cut) = moved.first_cut().await;
+    let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
+    assert_eq!((error.class(), error.sqlstate()), (Class::Operator, Some("42703")), "{error}");
+    assert!(error.to_string().contains("public.small") && error.hint_text().is_some(), "{error}");
+
+    // A COPY that the target ends early is not fed to its end.
+    moved.target.execute("alter table small add column id int; alter table large add check (id <> 1)").await;
+    let (walsender, cut) = moved.another_cut().await;
+    let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
+    assert_eq!(error.sqlstate(), Some("23514"), "{error}");
+}
+
+#[tokio::test]
+async fn a_daemon_that_lost_the_move_commits_nothing() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let (walsender, cut) = moved.first_cut().await;
+    moved.target.execute("update pgtandem.progress set epoch = epoch + 1").await;
+    let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
+    assert_eq!(error.code(), "leadership_lost", "{error}");
+    assert!(moved.states().await.values().all(|state| *state != TableState::Copied));
+    assert_eq!(moved.target.query_strings("select count(*) from large").await, ["0"]);
+}
+
+#[tokio::test]
+async fn a_locked_table_of_the_source_is_waited_for() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let (walsender, cut) = moved.first_cut().await;
+    let holder = moved.source.connect().await;
+    holder.batch_execute("begin; lock table small in access exclusive mode").await.unwrap();
+    let release = async {
+        wait_until("a worker waits for the lock", PATIENCE, async || {
+            let waits = "select count(*) > 0 from pg_locks where not granted and relation = 'small'::regclass";
+            moved.source.query_string(waits).await == "t"
+        })
+        .await;
+        holder.batch_execute("rollback").await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(copy::run(&moved.context, walsender, &cut), release);
+    assert_eq!(outcome.unwrap(), Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+}
+
+#[tokio::test]
+async fn publications_never_refuse_an_update_and_follow_the_tables() {
+    let moved = Move::new(AWKWARD).await;
+    moved.source.execute(AWKWARD_ROWS).await;
+    let members = "select pubname, schemaname || '.' || tablename from pg_publication_tables order by 1, 2";
+    assert_eq!(moved.publish().await, ["pgtandem_app", "pgtandem_app_inserts"]);
+    let published = moved.source.query_strings(members).await;
+    for expected in [
+        "pgtandem_app|public.parts_eu_low",
+        "pgtandem_app|public.types",
+        "pgtandem_app_inserts|public.parent",
+        "pgtandem_app_inserts|public.child",
+        "pgtandem_app_inserts|public.nothing",
+    ] {
+        assert!(published.iter().any(|line| line == expected), "{expected} in {published:#?}");
+    }
+    moved.source.execute("update parent set name = 'x'; delete from child; update types set t = 'y'").await;
+
+    // A second time nothing changes; a new partition is there by itself; a new table is added.
+    moved.publish().await;
+    assert_eq!(moved.source.query_strings(members).await, published);
+    moved
+        .source
+        .execute("create table parts_us partition of parts for values in ('xx'); create table late (id int)")
+        .await;
+    assert!(moved.source.query_strings(members).await.contains(&"pgtandem_app|public.parts_us".to_owned()));
+    moved.source.execute("alter table types drop constraint types_pkey").await;
+    moved.publish().await;
+    let published = moved.source.query_strings(members).await;
+    assert!(published.contains(&"pgtandem_app_inserts|public.late".to_owned()), "{published:#?}");
+    assert!(published.contains(&"pgtandem_app_inserts|public.types".to_owned()), "{published:#?}");
+    assert!(!published.contains(&"pgtandem_app|public.types".to_owned()), "{published:#?}");
+}
+
+#[tokio::test]
+async fn a_slot_without_a_record_is_made_again() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute("select pg_create_logical_replication_slot('pgtandem_app', 'pgoutput')").await;
+    let (_walsender, cut) = moved.first_cut().await;
+    let slots = "select confirmed_flush_lsn from pg_replication_slots";
+    assert_eq!(moved.source.query_strings(slots).await, [cut.lsn.to_string()]);
+    assert_eq!(moved.context.store.find().await.unwrap().unwrap().slot_lsn, Some(cut.lsn));
+}
+
+#[tokio::test]
+async fn a_cut_waits_for_old_transactions_and_can_be_given_up() {
+    let moved = Move::new(LARGE).await;
+    moved.publish().await;
+    let old = moved.source.connect().await;
+    old.batch_execute("begin; insert into small values (1)").await.unwrap();
+    let Context { source, store, telemetry, cancel, .. } = &moved.context;
+    let give_up = async {
+        wait_until("the walsender waits", PATIENCE, async || {
+            let waits = "select count(*) > 0 from pg_locks where not granted and locktype = 'transactionid'";
+            moved.source.query_string(waits).await == "t"
+        })
+        .await;
+        cancel.cancel();
+    };
+    let (error, ()) = tokio::join!(cut::first(source, store, telemetry, cancel), give_up);
+    assert_eq!(error.map(|_| ()).unwrap_err().code(), "stopped");
+    wait_until("nothing is left of the slot", Duration::from_secs(10), async || {
+        moved.source.query_strings("select slot_name from pg_replication_slots").await.is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_copy_by_hand_is_taken_over() {
+    let moved = Move::new(LARGE).await;
+    moved.source.execute(LARGE_ROWS).await;
+    let Context { source, store, telemetry, cancel, .. } = &moved.context;
+    assert_eq!(by_hand::accept(store).await.unwrap_err().code(), "no_snapshot");
+    let (_walsender, cut) = by_hand::offer(source, store, &moved.config, telemetry, cancel).await.unwrap();
+    assert!(moved.states().await.values().all(|state| *state == TableState::Pending));
+    by_hand::accept(store).await.unwrap();
+    let tables = store.tables().await.unwrap();
+    assert_eq!(tables.len(), 3);
+    assert!(tables.iter().all(|t| t.state == TableState::Copied && t.cut_lsn == Some(cut.lsn)));
+    let again = by_hand::offer(source, store, &moved.config, telemetry, cancel).await.map(|_| ()).unwrap_err();
+    assert_eq!(again.code(), "slot_exists");
+}
+
+#[tokio::test]
+async fn a_snapshot_is_held_for_a_dump_by_hand() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(LARGE).await;
+    from.execute("insert into small select generate_series(1, 10)").await;
+    let mut holding = Pgtandem::new(&from, &to, "app").spawn(&["snapshot", "--json"]);
+    wait_until("the snapshot is printed", PATIENCE, async || {
+        assert!(holding.is_running(), "{}", holding.stderr());
+        holding.stdout().ends_with('\n')
+    })
+    .await;
+    let printed: serde_json::Value = serde_json::from_str(&holding.stdout()).unwrap();
+    assert_eq!(printed["slot"], "pgtandem_app");
+
+    // What is written now is not in the snapshot.
+    from.execute("insert into small values (11)").await;
+    let reader = from.connect().await;
+    let begin = format!(
+        "begin isolation level repeatable read; set transaction snapshot '{}'",
+        printed["snapshot"].as_str().unwrap()
+    );
+    reader.batch_execute(&begin).await.unwrap();
+    let count: i64 = reader.query_one("select count(*) from small", &[]).await.unwrap().get(0);
+    assert_eq!(count, 10);
+
+    holding.terminate();
+    let done = holding.wait(PATIENCE).await;
+    assert_eq!(done.code, Some(0), "{done}");
+    let slot = "select slot_lsn from pgtandem.move";
+    assert_eq!(to.query_strings(slot).await, [printed["lsn"].as_str().unwrap()]);
+    let again = Pgtandem::new(&from, &to, "app").run(&["snapshot"]).await;
+    assert_eq!(again.code, Some(4), "{again}");
+}
