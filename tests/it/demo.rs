@@ -2,7 +2,6 @@
 //! database inside the same server plays the target.
 //!
 //! Any PostgreSQL that the demo finds will do; `scripts/provision.sh` brings some.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::time::{Duration, Instant};
 
