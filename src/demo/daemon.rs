@@ -104,8 +104,8 @@ impl Commands {
         let (mut out_open, mut err_open) = (true, true);
         while out_open || err_open {
             let line = tokio::select! {
-                line = out.next_line(), if out_open => { line.inspect(|line| out_open = line.is_some()) }
-                line = err.next_line(), if err_open => { line.inspect(|line| err_open = line.is_some()) }
+                line = out.next_line(), if out_open => line.inspect(|line| out_open = line.is_some()),
+                line = err.next_line(), if err_open => line.inspect(|line| err_open = line.is_some()),
             };
             if let Some(line) = line.doing(|| "reading what pgtandem cutover says")? {
                 each(&line);

@@ -15,9 +15,16 @@ use crate::error::{Doing, Result};
 const STOP_SERVER: &str = r#"cat >/dev/null; "$1" stop -s -m immediate -D "$2""#;
 /// Ends the process `$1`.
 const END_PROCESS: &str = r#"cat >/dev/null; kill -TERM "$1""#;
-/// Removes the folder `$1`, once nothing writes to it any more.
-const REMOVE_FOLDER: &str =
-    r#"cat >/dev/null; for try in 1 2 3 4 5; do rm -rf "$1" 2>/dev/null && break; sleep 1; done"#;
+/// Removes the folder `$1`, once the servers in it are stopped: without its `postmaster.pid`, pg_ctl could not find one.
+const REMOVE_FOLDER: &str = r#"
+cat >/dev/null
+tries=0
+while [ "$tries" -lt 120 ] && ls "$1"/*/data/postmaster.pid >/dev/null 2>&1; do
+    sleep 0.5
+    tries=$((tries + 1))
+done
+rm -rf "$1"
+"#;
 
 /// A shell that waits for the death of this process. Dropping it calls it off.
 #[derive(Debug)]

@@ -277,17 +277,17 @@ fn business(scale: Scale) -> Vec<String> {
                  jsonb_build_object('visits', n % 50, 'city', left(md5((n * 7)::text), 8), 'note', repeat(md5(n::text), 3),
                      'address', jsonb_build_object('zip', n % 99999, 'lines', jsonb_build_array(left(md5(n::text), 9), NULL))),
                  now() - (n % 900) * interval '1 day'
-             FROM generate_series(1, {customers}) n"
+             FROM generate_series(1::bigint, {customers}) n"
         ),
         format!(
             "INSERT INTO bank.account (customer_id, balance, valid)
              SELECT n, {OPENING_BALANCE}, daterange(current_date - (n % 900)::int, CASE WHEN n % 10 = 0 THEN current_date + 365 END)
-             FROM generate_series(1, {customers}) n"
+             FROM generate_series(1::bigint, {customers}) n"
         ),
         format!(
             "INSERT INTO shop.product (sku, title, price, dimensions, weight)
              SELECT 'SKU-' || n, 'Thing ' || md5(n::text), 100 + n * 97 % 99900, ARRAY[n % 100, n % 70, n % 30]::int[], n / 7.0
-             FROM generate_series(1, {PRODUCTS}) n"
+             FROM generate_series(1::bigint, {PRODUCTS}) n"
         ),
         format!(
             "INSERT INTO shop.orders (invoice, customer_id, state, delivery, details, placed_at)
@@ -296,16 +296,16 @@ fn business(scale: Scale) -> Vec<String> {
                  CASE WHEN n % 2 = 0 THEN tstzrange(now() - (n % 400) * interval '1 day', now() - (n % 400 - 2) * interval '1 day') END,
                  jsonb_build_object('channel', CASE n % 2 WHEN 0 THEN 'web' ELSE 'app' END, 'gift', n % 9 = 0, 'trace', md5(n::text)),
                  now() - (n % 400) * interval '1 day'
-             FROM generate_series(1, {orders}) n"
+             FROM generate_series(1::bigint, {orders}) n"
         ),
         format!(
             "INSERT INTO shop.order_item (order_id, line, sku, quantity, price)
              SELECT n, line, 'SKU-' || 1 + (n * 31 + line * 17) % {PRODUCTS}, 1 + (n + line) % 5, 100 + (n * line) % 99900
-             FROM generate_series(1, {orders}) n, generate_series(1, 1 + n % 5) line"
+             FROM generate_series(1::bigint, {orders}) n, generate_series(1::bigint, 1 + n % 5) line"
         ),
         format!(
             "INSERT INTO shop.cart (session, sku)
-             SELECT md5(n::text), 'SKU-' || 1 + n % {PRODUCTS} FROM generate_series(1, {CARTS}) n"
+             SELECT md5(n::text), 'SKU-' || 1 + n % {PRODUCTS} FROM generate_series(1::bigint, {CARTS}) n"
         ),
     ]
 }
@@ -317,7 +317,7 @@ fn events(scale: Scale) -> Vec<String> {
          SELECT date_trunc('month', now()) - interval '5 months' + n * (interval '150 days' / {events}),
              1 + n * 104729 % {customers}, (ARRAY['view', 'click', 'search', 'login', 'mail'])[1 + n % 5],
              jsonb_build_object('page', '/p/' || n % 5000, 'agent', md5((n % 300)::text), 'trace', md5(n::text), 'ms', n % 977)
-         FROM generate_series(1, {events}) n"
+         FROM generate_series(1::bigint, {events}) n"
     )]
 }
 

@@ -8,6 +8,7 @@ mod harness;
 mod command_line;
 mod connecting;
 mod copy;
+mod demo;
 mod harness_itself;
 mod preflight;
 mod schema;

@@ -2,8 +2,8 @@
 //! database inside the same server plays the target.
 //!
 //! Any PostgreSQL that the demo finds will do; `scripts/provision.sh` brings some.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use pgtandem::demo::compare::{Comparison, compare};
@@ -14,6 +14,10 @@ use pgtandem::demo::servers::{Cluster, Folder, SUPERUSER, ServerUser};
 use pgtandem::demo::summary::read_receipts;
 use pgtandem::demo::switch::{Held, Switchboard, ask};
 use pgtandem::postgres::Side;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::net::TcpStream;
+use tokio::process::ChildStdout;
 
 const COPY: &str = "copy_of_shop";
 
@@ -184,4 +188,39 @@ async fn the_hook_switches_the_address_once_both_sides_are_held() {
     let comparison = compare(&moment.source, &moment.target, |_| ()).await.unwrap();
     assert!(comparison.equal(), "{comparison:#?}");
     assert_eq!((comparison.rows(), comparison.sequences), (1, 1));
+}
+
+/// The next port that the demo says a server listens on.
+async fn announced_port(lines: &mut Lines<BufReader<ChildStdout>>) -> u16 {
+    loop {
+        let line = lines.next_line().await.unwrap().expect("the demo ended too soon");
+        if let Some((_, rest)) = line.split_once(", port ") {
+            return rest.split_once(')').unwrap().0.parse().unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_demo_that_is_stopped_or_killed_leaves_no_server_behind() {
+    for signal in [Signal::TERM, Signal::KILL] {
+        let mut demo = tokio::process::Command::new(env!("CARGO_BIN_EXE_pgtandem"))
+            .args(["demo", "--rows", "1000000"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+        let ports = [announced_port(&mut lines).await, announced_port(&mut lines).await];
+
+        let pid = i32::try_from(demo.id().unwrap()).ok().and_then(Pid::from_raw).unwrap();
+        kill_process(pid, signal).unwrap();
+        let status = demo.wait().await.unwrap();
+
+        assert_eq!(status.code(), (signal == Signal::TERM).then_some(1), "{status}");
+        for port in ports {
+            until("the servers to be gone", async || TcpStream::connect(("127.0.0.1", port)).await.is_err()).await;
+        }
+    }
 }
