@@ -102,7 +102,7 @@ impl Move {
         // A commit after `end`, so that the stream has something to end with.
         self.source.execute("insert into public.ledger values (0)").await;
         let walsender = Walsender::connect(&self.context.source, "test").await.unwrap();
-        let names = vec![self.config.name.publication(), self.config.name.insert_publication()].join(",");
+        let names = [self.config.name.publication(), self.config.name.insert_publication()].join(",");
         let options = [("proto_version", "1".to_owned()), ("publication_names", names)];
         let mut stream = walsender.stream(&self.config.name.slot(), Lsn::ZERO, &options).await.unwrap();
         let (mut found, mut commit) = (Vec::new(), Lsn::ZERO);
