@@ -14,6 +14,7 @@ use clap::{CommandFactory as _, Parser, Subcommand};
 use crate::config::{Config, Environment, Flags, LogFormat, Settings};
 use crate::error::{Error, Result};
 use crate::telemetry::logs;
+use crate::telemetry::progress::Terminal;
 
 pub mod check;
 pub mod clean;
@@ -160,7 +161,8 @@ fn start(cli: Cli, environment: Environment, colour: bool, json: &mut bool) -> R
     let settings = Settings::gather(&Flags { config, source, target, name, log_level, log_format }, environment)?;
     let log = settings.log()?;
     *json |= log.format == LogFormat::Json;
-    logs::start(&log, colour)?;
+    let terminal = Terminal::stderr();
+    logs::start(&log, colour, &terminal)?;
     // The demo makes its own servers.
     let config = match &cli.command {
         Command::Demo(_) => None,
@@ -169,7 +171,7 @@ fn start(cli: Cli, environment: Environment, colour: bool, json: &mut bool) -> R
     let stop = signals::listen()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {
-        let work = execute(&cli.command, config.as_ref(), &stop);
+        let work = execute(&cli.command, config.as_ref(), &terminal, &stop);
         if cli.command.stops_cleanly() {
             return work.await.map(|()| ExitCode::SUCCESS);
         }
@@ -183,7 +185,7 @@ fn start(cli: Cli, environment: Environment, colour: bool, json: &mut bool) -> R
     done
 }
 
-async fn execute(command: &Command, config: Option<&Config>, stop: &Stop) -> Result<()> {
+async fn execute(command: &Command, config: Option<&Config>, terminal: &Terminal, stop: &Stop) -> Result<()> {
     let stop = stop.token();
     let config = match (command, config) {
         (Command::Demo(args), _) => return demo::run(args, stop).await,
@@ -192,7 +194,7 @@ async fn execute(command: &Command, config: Option<&Config>, stop: &Stop) -> Res
     };
     match command {
         Command::Check(args) => check::run(config, args).await,
-        Command::Run(args) => run::run(config, args, stop).await,
+        Command::Run(args) => run::run(config, args, terminal, stop).await,
         Command::Status(args) => status::run(config, args, stop).await,
         Command::Verify(args) => verify::run(config, args).await,
         Command::Cutover(args) => cutover::run(config, args).await,

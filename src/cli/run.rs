@@ -5,6 +5,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::error::Result;
 use crate::supervisor::{self, Options};
+use crate::telemetry::progress::Terminal;
 
 /// `run --until`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -34,7 +35,7 @@ pub struct Args {
 ///
 /// # Errors
 /// Whatever ended the move; a clean stop is none.
-pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Result<()> {
+pub async fn run(config: &Config, args: &Args, terminal: &Terminal, stop: &CancellationToken) -> Result<()> {
     let options = Options {
         until: match args.until {
             None => supervisor::Until::Cutover,
@@ -44,5 +45,5 @@ pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Resu
         cutover_when_ready: args.cutover_when_ready,
         standby: !args.no_standby,
     };
-    supervisor::run(config, options, stop).await
+    supervisor::run(config, options, terminal, stop).await
 }

@@ -4,6 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
+use crate::follow::unkeyed;
 use crate::postgres::replication::{Cut, Walsender};
 use crate::postgres::{QualifiedName, Server, catalog};
 use crate::state::Store;
@@ -35,6 +36,7 @@ pub async fn offer(
     let mut tables = catalog::tables(&*session).await?;
     tables.retain(|table| config.scope.contains(&table.name.schema, &table.name.name));
     publication::ensure(source, config, &tables, telemetry).await?;
+    unkeyed::remember(source, store, &tables).await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.into_iter().map(|table| (table.name, table.bytes)).collect();
     store.plan_tables(&sizes).await?;
     cut::first(source, store, telemetry, cancel).await

@@ -96,9 +96,7 @@ impl Worker {
             commit(&mut self.target, job, table, Some(table.so_far())).await?;
         }
         if was_last {
-            let Moved { rows, bytes } = table.so_far();
             telemetry.copy_state(&table.table().name, TableState::Copied);
-            tracing::info!(table = %table.table().name.plain(), rows, bytes, "copied");
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod pipeline;
 mod queue;
 mod reader;
 mod relation;
+pub mod unkeyed;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,7 @@ use crate::config::{Config, MissingRow, MoveName};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
-use crate::postgres::{Lsn, QualifiedName, Server};
+use crate::postgres::{Lsn, QualifiedName, Server, Side};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
 
@@ -165,8 +166,24 @@ impl Follow<'_> {
             Err(panicked) => Err(Error::bug(format!("the reader ended: {panicked}"))),
         };
         // What the applier says counts more: the reader's error is often only its echo.
-        applied.doing(|| "applying changes on the target")?;
-        if stop.is_cancelled() { Ok(()) } else { read.doing(|| "reading the stream of the source") }
+        if let Err(error) = applied {
+            self.lost(&error, Side::Target);
+            return Err(error.doing("applying changes on the target"));
+        }
+        match read {
+            Err(error) if !stop.is_cancelled() => {
+                self.lost(&error, Side::Source);
+                Err(error.doing("reading the stream of the source"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A connection that has to be made again is counted for its side.
+    fn lost(&self, error: &Error, side: Side) {
+        if error.class() == Class::Retry {
+            self.telemetry.reconnected(side);
+        }
     }
 
     async fn apply_connection(&self) -> Result<Wire> {

@@ -52,6 +52,14 @@ CREATE TABLE IF NOT EXISTS pgtandem.held_back (
     PRIMARY KEY (move, ordinal)
 );
 
+CREATE TABLE IF NOT EXISTS pgtandem.unkeyed_table (
+    move        text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    changes     bigint NOT NULL,
+    PRIMARY KEY (move, schema_name, table_name)
+);
+
 CREATE TABLE IF NOT EXISTS pgtandem.request (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     move         text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,

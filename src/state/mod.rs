@@ -10,6 +10,7 @@ mod journal;
 mod leadership;
 mod request;
 mod tables;
+mod unkeyed;
 
 use std::fmt;
 use std::str::FromStr;

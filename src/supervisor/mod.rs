@@ -18,14 +18,15 @@ use crate::config::{Config, CopyMethod};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::cutover::{self, Recovered, error_json};
 use crate::error::{Class, Doing, Error, Result};
-use crate::follow::{Durable, Follow, MarkerWatch};
+use crate::follow::{Durable, Follow, MarkerWatch, unkeyed};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::{QualifiedName, Server, Session, Side};
 use crate::preflight;
 use crate::schema::{self, Archive, DataArchive, DumpRequest, Programs, Restorer};
 use crate::state::{Leadership, MoveRecord, Phase, Store, TableState};
 use crate::telemetry::Recorded;
-use crate::telemetry::{Telemetry, http, progress, sampler};
+use crate::telemetry::progress::{self, Terminal};
+use crate::telemetry::{Telemetry, http, sampler};
 use steer::{Decision, Steering};
 
 /// How long a daemon waits before it looks again whether the move is free.
@@ -74,7 +75,7 @@ enum End {
 /// # Errors
 /// Class no: preflight found something that blocks. Class operator: a person must decide. Class held: another daemon has
 /// the move and `standby` is off. Classes retry and wait: a server could not be reached at the beginning.
-pub async fn run(config: &Config, options: Options, stop: &CancellationToken) -> Result<()> {
+pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &CancellationToken) -> Result<()> {
     let source = Server::new(Side::Source, config.source.clone(), config.name.as_str())?;
     let target = Server::new(Side::Target, config.target.clone(), config.name.as_str())?;
     let telemetry = Telemetry::new(&config.name, config.cutover.max_lag);
@@ -92,7 +93,7 @@ pub async fn run(config: &Config, options: Options, stop: &CancellationToken) ->
         stop: stop.clone(),
     };
     let beside = CancellationToken::new();
-    let tasks = supervisor.start_beside(&beside).await?;
+    let tasks = supervisor.start_beside(terminal, &beside).await?;
     let outcome = supervisor.supervise().await;
     if let Err(error) = &outcome {
         supervisor.telemetry.standing_error(Some(error));
@@ -119,7 +120,11 @@ struct Supervisor<'a> {
 
 impl Supervisor<'_> {
     /// What is seen from outside: HTTP, the sampler, the bars.
-    async fn start_beside(&self, cancel: &CancellationToken) -> Result<tokio_util::task::TaskTracker> {
+    async fn start_beside(
+        &self,
+        terminal: &Terminal,
+        cancel: &CancellationToken,
+    ) -> Result<tokio_util::task::TaskTracker> {
         let tasks = tokio_util::task::TaskTracker::new();
         if let Some(address) = self.config.http {
             let server = http::Listener::bind(address).await?;
@@ -138,7 +143,7 @@ impl Supervisor<'_> {
             self.telemetry.clone(),
             cancel.clone(),
         ));
-        tasks.spawn(progress::show(self.telemetry.clone(), progress::Terminal::stderr(), cancel.clone()));
+        tasks.spawn(progress::show(self.telemetry.clone(), terminal.clone(), cancel.clone()));
         Ok(tasks)
     }
 
@@ -423,6 +428,7 @@ impl Walk<'_> {
         let cancel = s.stop.child_token();
         let tables = self.tables().await?;
         publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+        unkeyed::remember(&s.source, &s.store, &tables).await?;
         let (exporter, cut) = self.cut(&cancel).await?;
         let context = copy::Context {
             source: s.source.clone(),
@@ -474,6 +480,7 @@ impl Walk<'_> {
         if archive.cut()?.is_none() || known.is_none() {
             let cancel = s.stop.child_token();
             publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+            unkeyed::remember(&s.source, &s.store, &tables).await?;
             let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
             s.store.plan_tables(&sizes).await?;
             let (exporter, cut) = self.cut(&cancel).await?;

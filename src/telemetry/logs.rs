@@ -6,17 +6,18 @@ use tracing_subscriber::{EnvFilter, Layer as _, fmt};
 
 use crate::config::{Log, LogFormat};
 use crate::error::{Class, Error, Result};
+use crate::telemetry::progress::Terminal;
 
-/// Starts logging for the whole process, panics included.
+/// Starts logging for the whole process, panics included. Lines go to the terminal that also shows the bars.
 ///
 /// # Errors
 /// Class usage: the level is no filter. A bug: logging was started before.
-pub fn start(log: &Log, colour: bool) -> Result<()> {
+pub fn start(log: &Log, colour: bool, terminal: &Terminal) -> Result<()> {
     let filter = EnvFilter::try_new(&log.level)
         .map_err(|e| Error::new(Class::Usage, "log_level", format!("log.level {:?}: {e}", log.level)))?;
     let output = match log.format {
-        LogFormat::Text => fmt::layer().with_writer(std::io::stderr).with_ansi(colour).boxed(),
-        LogFormat::Json => fmt::layer().with_writer(std::io::stderr).json().flatten_event(true).boxed(),
+        LogFormat::Text => fmt::layer().with_writer(terminal.clone()).with_ansi(colour).boxed(),
+        LogFormat::Json => fmt::layer().with_writer(terminal.clone()).json().flatten_event(true).boxed(),
     };
     tracing_subscriber::registry()
         .with(output.with_filter(filter))
