@@ -104,7 +104,7 @@ impl Store {
                  LOOP
                      BEGIN
                          EXECUTE statement;
-                     EXCEPTION WHEN undefined_table OR undefined_object OR invalid_schema_name THEN
+                     EXCEPTION WHEN undefined_table OR undefined_column OR undefined_object OR invalid_schema_name THEN
                          RAISE WARNING 'not there any more: %', statement;
                      END;
                  END LOOP;
