@@ -63,9 +63,10 @@ pub(super) fn write(table: &Table, emptied: bool) -> String {
     format!("COPY {}{} FROM STDIN{freeze}", table.name, column_list(table))
 }
 
-/// Whether a table of the target holds any row.
-pub(super) fn is_empty(table: &QualifiedName) -> String {
-    format!("SELECT NOT EXISTS (SELECT FROM ONLY {table})")
+/// Begins the transaction in which a table of the target is filled from nothing, with nobody else near it, and asks
+/// whether it is empty.
+pub(super) fn begin_alone(table: &QualifiedName) -> String {
+    format!("BEGIN; LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE; SELECT NOT EXISTS (SELECT FROM ONLY {table})")
 }
 
 /// Empties a table of the target.

@@ -66,9 +66,6 @@ impl Worker {
 
     async fn copy(&mut self, job: &Job, table: &InFlight, unit: Unit) -> Result<()> {
         let Context { source, target, telemetry, .. } = &job.context;
-        if !table.touched.swap(true, Ordering::Relaxed) {
-            telemetry.copy_state(&table.table().name, TableState::Copying);
-        }
         lock(&mut self.source, source, table, telemetry).await?;
         let whole = unit.blocks.is_none();
         if whole {
@@ -79,6 +76,10 @@ impl Worker {
                 .map_err(pump::explain_schema)?;
         } else {
             self.target.query("BEGIN").await?;
+        }
+        // Not before: a table that is recorded as `copying` may be emptied without a look.
+        if !table.touched.swap(true, Ordering::Relaxed) {
+            telemetry.copy_state(&table.table().name, TableState::Copying);
         }
         let read = statements::read(table.table(), unit.blocks);
         let write = statements::write(table.table(), whole);
@@ -146,18 +147,18 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
 /// ours to remove.
 async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<()> {
     let name = &table.table().name;
-    if !table.planned.begun {
-        let rows = target.query(&statements::is_empty(name)).await?;
-        if rows.first().and_then(|row| row.first()?.as_deref()) != Some("t") {
-            return Err(Error::new(
-                Class::Operator,
-                "target_table_not_empty",
-                format!("the table {} of the target holds rows that this move did not write", name.plain()),
-            )
-            .hint(format!("if they may go: TRUNCATE {name} on the target, then start again")));
-        }
+    let rows = target.query(&statements::begin_alone(name)).await?;
+    let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("t");
+    if !is_empty && !table.planned.begun {
+        return Err(Error::new(
+            Class::Operator,
+            "target_table_not_empty",
+            format!("the table {} of the target holds rows that this move did not write", name.plain()),
+        )
+        .hint(format!("if they may go: TRUNCATE {name} on the target, then start again")));
     }
-    target.query(&format!("BEGIN; {}", statements::empty(name))).await?;
+    // Also where it is empty: COPY's FREEZE asks for it.
+    target.query(&statements::empty(name)).await?;
     Ok(())
 }
 

@@ -359,6 +359,7 @@ async fn rows_of_someone_else_are_not_removed() {
     let error = copy::run(&moved.context, walsender, &cut).await.unwrap_err();
     assert_eq!((error.class(), error.code()), (Class::Operator, "target_table_not_empty"), "{error}");
     assert!(error.to_string().contains("public.small"), "{error}");
+    assert_ne!(moved.states().await["public.small"], TableState::Copying, "the next start must refuse it too");
     assert_eq!(moved.target.query_strings("select * from small").await, ["-1"]);
 }
 
