@@ -44,7 +44,8 @@ impl Side {
 
 /// Sent on every connection of both kinds before anything else; values then print the same everywhere.
 ///
-/// `search_path` is empty: every name in our SQL is qualified.
+/// `search_path` is empty: every name in our SQL is qualified. `idle_session_timeout` exists from 14 on,
+/// `transaction_timeout` from 17 on.
 pub const PINNED_SETTINGS: &str = "\
     SET client_min_messages = warning;
     SET search_path = '';
@@ -53,6 +54,8 @@ pub const PINNED_SETTINGS: &str = "\
     SET TimeZone = 'UTC';
     SET extra_float_digits = 3;
     SET bytea_output = 'hex';
+    SET lc_monetary = 'C';
+    SET xmloption = content;
     SET standard_conforming_strings = on;
     SET statement_timeout = 0;
     SET lock_timeout = 0;
@@ -61,7 +64,9 @@ pub const PINNED_SETTINGS: &str = "\
     SET default_transaction_isolation = 'read committed';
     SET default_transaction_deferrable = off;
     SET row_security = off;
-    SET synchronous_commit = on;";
+    SET synchronous_commit = on;
+    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+        WHERE name IN ('idle_session_timeout', 'transaction_timeout');";
 
 /// How to reach one of the two servers. Cheap to clone.
 #[derive(Clone)]

@@ -26,7 +26,7 @@ use crate::postgres::{Server, Stream, conninfo};
 pub enum Mode {
     /// An ordinary session with [`PINNED_SETTINGS`].
     Sql,
-    /// A walsender of the database, which also takes replication commands.
+    /// A walsender of the database, with the same settings, which also takes replication commands.
     Replication,
 }
 
@@ -81,9 +81,8 @@ impl Wire {
             .await
             .unwrap_or_else(|_| Err(Error::new(Class::Retry, "connect_timeout", "the server did not answer in time")))
             .doing(|| server.context(&host))?;
-        if mode == Mode::Sql {
-            wire.query(PINNED_SETTINGS).await.doing(|| "pinning the settings").doing(|| server.context(&host))?;
-        }
+        // A walsender of a database takes SQL too, and prints values by the same settings.
+        wire.query(PINNED_SETTINGS).await.doing(|| "pinning the settings").doing(|| server.context(&host))?;
         Ok(wire)
     }
 

@@ -277,6 +277,7 @@ impl Telemetry {
         let sums = self.sums();
         let transactions = self.0.metrics.transactions.get();
         let mut model = self.model();
+        self.0.positions.set_clock(sample.now_micros);
         model.sampled(sample, now);
         if let Some(applied) = self.0.positions.applied() {
             model.lag.reached(applied);

@@ -126,7 +126,10 @@ impl Model {
         let age = at.elapsed();
         let unseen = if age > FRESH { age.as_secs_f64() } else { 0.0 };
         let seconds = self.lag.seconds(applied, positions.commit_micros(), sample.now_micros);
-        LagStatus { bytes: self.lag.bytes(applied), seconds: seconds.map(|seconds| seconds + unseen) }
+        // Between two samples a target that keeps up shows nothing left to apply; how old its newest transaction was
+        // when it arrived is then the better word.
+        let latency = positions.latency_micros().map_or(0.0, lag::seconds);
+        LagStatus { bytes: self.lag.bytes(applied), seconds: seconds.map(|seconds| (seconds + unseen).max(latency)) }
     }
 
     pub(super) fn source_status(&self) -> SourceStatus {
@@ -251,12 +254,28 @@ pub(super) struct Positions {
     applied: AtomicU64,
     confirmed: AtomicU64,
     commit_micros: AtomicI64,
+    /// The source's clock minus ours, in microseconds, as of the last sample; ours counts from `began`.
+    clock: AtomicI64,
+    /// When the last transaction was applied, by the source's clock, and how long after its commit; microseconds.
+    applied_at: AtomicI64,
+    latency: AtomicI64,
+    began: Instant,
 }
 
 impl Default for Positions {
     fn default() -> Self {
         let zero = AtomicU64::default;
-        Self { received: zero(), applied: zero(), confirmed: zero(), commit_micros: AtomicI64::new(i64::MIN) }
+        let unknown = || AtomicI64::new(i64::MIN);
+        Self {
+            received: zero(),
+            applied: zero(),
+            confirmed: zero(),
+            commit_micros: unknown(),
+            clock: unknown(),
+            applied_at: unknown(),
+            latency: AtomicI64::new(0),
+            began: Instant::now(),
+        }
     }
 }
 
@@ -270,7 +289,32 @@ impl Positions {
         self.applied.fetch_max(lsn.as_u64(), Ordering::Relaxed);
         if let Some(micros) = commit_micros {
             self.commit_micros.fetch_max(micros, Ordering::Relaxed);
+            if let Some(now) = self.source_now() {
+                self.latency.store(now.saturating_sub(micros), Ordering::Relaxed);
+                self.applied_at.store(now, Ordering::Relaxed);
+            }
         }
+    }
+
+    /// Sets our copy of the source's clock.
+    pub(super) fn set_clock(&self, source_micros: i64) {
+        self.clock.store(source_micros.saturating_sub(self.elapsed()), Ordering::Relaxed);
+    }
+
+    /// What the source's clock shows about now; it was read when the last sample was asked for.
+    fn source_now(&self) -> Option<i64> {
+        known_micros(&self.clock).map(|offset| offset.saturating_add(self.elapsed()))
+    }
+
+    fn elapsed(&self) -> i64 {
+        i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX)
+    }
+
+    /// How long after its commit the last transaction was applied, if that was within the last [`RECENT`] microseconds.
+    pub(super) fn latency_micros(&self) -> Option<i64> {
+        let applied_at = known_micros(&self.applied_at)?;
+        let age = self.source_now()?.saturating_sub(applied_at);
+        (age <= RECENT).then(|| self.latency.load(Ordering::Relaxed).max(0))
     }
 
     pub(super) fn set_confirmed(&self, lsn: Lsn) {
@@ -290,8 +334,15 @@ impl Positions {
     }
 
     pub(super) fn commit_micros(&self) -> Option<i64> {
-        Some(self.commit_micros.load(Ordering::Relaxed)).filter(|micros| *micros != i64::MIN)
+        known_micros(&self.commit_micros)
     }
+}
+
+/// A transaction applied so recently still says something about the lag of now, in microseconds.
+const RECENT: i64 = 2_000_000;
+
+fn known_micros(clock: &AtomicI64) -> Option<i64> {
+    Some(clock.load(Ordering::Relaxed)).filter(|micros| *micros != i64::MIN)
 }
 
 fn known(position: &AtomicU64) -> Option<Lsn> {
