@@ -13,3 +13,4 @@ mod harness_itself;
 mod preflight;
 mod schema;
 mod telemetry;
+mod wire;
