@@ -303,22 +303,34 @@ pub async fn recover(config: &Config, source: &Server, store: &Store) -> Result<
     match recovered {
         Recovered::Undone => {
             undo(config, source, store, last.id, &died).await.doing(|| "undoing the cutover that was under way")?;
-            store.fail_running_requests(&error_json(&died)).await?;
+            store.fail_running_steps(last.id, "the daemon ended").await?;
+            store.answer_running(false, &refusal(&died)).await?;
             tracing::warn!("a cutover was under way when the daemon ended; it was undone, writes on the source are on");
         }
-        Recovered::Finished if last.state == CutoverState::Switching => {
-            tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
-            let switched = hook::run(config, Instant::now() + config.cutover.timeout).await;
-            if let Err(error) = switched {
-                undo(config, source, store, last.id, &error).await?;
-                store.fail_running_requests(&error_json(&error)).await?;
-                return Ok(Recovered::Undone);
+        Recovered::Finished => {
+            if last.state == CutoverState::Switching {
+                tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
+                let switched = hook::run(config, Instant::now() + config.cutover.timeout).await;
+                if let Err(error) = switched {
+                    undo(config, source, store, last.id, &error).await?;
+                    store.fail_running_steps(last.id, "the daemon ended").await?;
+                    store.answer_running(false, &refusal(&error)).await?;
+                    return Ok(Recovered::Undone);
+                }
             }
-            store.set_cutover(last.id, CutoverState::Done, None, None).await?;
+            // Also for a cutover that was done already: its daemon may have ended before it answered.
+            let pause = store.finish_cutover(last.id).await?;
+            store.answer_running(true, &serde_json::json!({"write_pause_seconds": pause})).await?;
         }
-        Recovered::Nothing | Recovered::Finished => {}
+        Recovered::Nothing => {}
     }
     Ok(recovered)
+}
+
+/// The answer to a request that came to nothing.
+#[must_use]
+pub fn refusal(error: &Error) -> serde_json::Value {
+    serde_json::json!({"error": error_json(error)})
 }
 
 /// An error as it stands in the state and in answers.

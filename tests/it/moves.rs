@@ -3,11 +3,14 @@
 //!
 //! `PGTANDEM_TEST_SCALE` raises the size of the database.
 
+mod deaths;
 mod load;
+mod refusals;
 mod stage;
+mod stops;
 
 use load::Load;
-use stage::{LONG, Stage, scale};
+use stage::{Stage, scale};
 
 use crate::harness::{PATIENCE, Running, versions_under_test};
 

@@ -10,14 +10,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::process::Command;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
-use super::stage::{LONG, Stage};
+use super::stage::{LONG, Stage, pgbench};
 use crate::harness::{Database, PATIENCE, assert_same, wait_until};
 
 /// How many sell at once.
@@ -52,7 +51,7 @@ struct Shared {
 
 impl Load {
     /// Starts the sellers and `pgbench -c 4`, with these further arguments.
-    pub fn start(stage: &Stage, pgbench: &[&str]) -> Self {
+    pub fn start(stage: &Stage, pgbench: &[&'static str]) -> Self {
         let shared = Arc::new(Shared {
             source: stage.source.clone(),
             target: stage.target.clone(),
@@ -64,12 +63,11 @@ impl Load {
             gate: watch::Sender::new(false),
             stop: CancellationToken::new(),
         });
-        let command = || stage.pgbench(&[&["-n", "-c", "4", "-T", "3600"], pgbench].concat());
-        // One is kept ready for each time that a crash of the source may end it.
-        let commands: Vec<Command> = (0..500).map(|_| command()).collect();
+        let arguments = [&["-n", "-c", "4", "-T", "3600"], pgbench].concat();
+        let pgbench = Arc::clone(&shared).run_pgbench(stage.source_server.port(), arguments);
         Self {
             sellers: (0..SELLERS).map(|client| tokio::spawn(Arc::clone(&shared).sell(client))).collect(),
-            pgbench: tokio::spawn(Arc::clone(&shared).run_pgbench(commands)),
+            pgbench: tokio::spawn(pgbench),
             shared,
         }
     }
@@ -100,15 +98,6 @@ impl Load {
         }
         let target = &stage.target;
         assert_sold(&self.shared.sold.lock().expect("the sales").clone(), target).await;
-    }
-
-    /// Ends the load on the source, while nothing was switched.
-    pub async fn stop(&mut self) {
-        self.shared.stop.cancel();
-        for seller in &mut self.sellers {
-            seller.await.expect("a seller");
-        }
-        (&mut self.pgbench).await.expect("pgbench");
     }
 
     async fn everyone_has_moved(&self) {
@@ -216,13 +205,11 @@ impl Shared {
         fs::read_to_string(&self.address).is_ok_and(|port| self.target.url().contains(&format!(":{port}/")))
     }
 
-    async fn run_pgbench(self: Arc<Self>, commands: Vec<Command>) {
-        for mut command in commands {
-            if self.stop.is_cancelled() || self.moved() {
-                return;
-            }
+    /// Runs pgbench until the switch; again whenever a crash of the source ended it.
+    async fn run_pgbench(self: Arc<Self>, port: u16, arguments: Vec<&str>) {
+        while !self.stop.is_cancelled() && !self.moved() {
             let output = tokio::select! {
-                output = command.output() => output.expect("start pgbench"),
+                output = pgbench(port, &arguments).output() => output.expect("start pgbench"),
                 () = self.stop.cancelled() => return,
             };
             let text = String::from_utf8_lossy(&output.stdout);
@@ -231,6 +218,5 @@ impl Shared {
             self.processed.fetch_add(count, Ordering::SeqCst);
             tokio::time::sleep(RETRY).await;
         }
-        panic!("pgbench ended too often");
     }
 }

@@ -73,7 +73,8 @@ impl Stage {
             folder,
             observer: Mutex::default(),
         };
-        let done = stage.pgbench(&["-i", "-q", "-s", &scale.to_string()]).output().await.expect("start pgbench");
+        let source_port = stage.source_server.port();
+        let done = pgbench(source_port, &["-i", "-q", "-s", &scale.to_string()]).output().await.expect("start pgbench");
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         stage.configured("")
     }
@@ -84,15 +85,6 @@ impl Stage {
         let hook = self.folder.join("hook");
         self.program = self.program.config(&format!("[cutover]\nhook = [\"sh\", \"{}\"]\n{more}", hook.display()));
         self
-    }
-
-    /// pgbench of 18 against the source.
-    pub fn pgbench(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(client_program(18, "pgbench"));
-        let port = self.source_server.port().to_string();
-        command.args(arguments).args(["-h", "127.0.0.1", "-p", &port, "-U", "postgres", "app"]);
-        command.env("PGPASSWORD", PASSWORD).kill_on_drop(true);
-        command
     }
 
     // --- the hook ---------------------------------------------------------------------------------------------
@@ -184,6 +176,14 @@ impl Stage {
         assert_eq!(done.code, Some(1), "{done}");
         assert!(done.stderr.contains(reason), "not because of {reason:?}: {done}");
     }
+}
+
+/// pgbench of 18 against the database on this port.
+pub fn pgbench(port: u16, arguments: &[&str]) -> Command {
+    let mut command = Command::new(client_program(18, "pgbench"));
+    command.args(arguments).args(["-h", "127.0.0.1", "-p", &port.to_string(), "-U", "postgres", "app"]);
+    command.env("PGPASSWORD", PASSWORD).kill_on_drop(true);
+    command
 }
 
 /// The scale of pgbench's tables: this one, unless `PGTANDEM_TEST_SCALE` says otherwise.
