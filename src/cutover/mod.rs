@@ -50,6 +50,8 @@ use crate::verify::{self, Depth};
 
 /// How long undoing is tried before the error is handed up.
 const UNDO_PATIENCE: Duration = Duration::from_secs(30);
+/// A step that waits for something gives up so much before the deadline, to say itself what it waited for.
+const OWN_WORDS: Duration = Duration::from_millis(300);
 
 /// Everything a cutover needs. Following goes on beside it.
 pub struct Cutover<'a> {
@@ -116,8 +118,9 @@ impl Cutover<'_> {
         let tables = fence::tables(self.source, &moved).await?;
         let locking = self.config.cutover.fence == FenceKind::Lock;
         let closed = if locking {
-            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, deadline)).await?;
-            Some(journal.step("fence", deadline, fence::close(self.source, &tables, deadline)).await?)
+            let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
+            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, patience)).await?;
+            Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
         } else {
             journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes").await?;
             None
@@ -178,16 +181,11 @@ impl Cutover<'_> {
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
         loop {
-            if self.telemetry.ready() {
-                return Ok(());
-            }
-            if Instant::now() + Duration::from_millis(200) >= deadline {
-                return Err(Error::new(
-                    Class::No,
-                    "not_ready",
-                    "the move did not become ready for the cutover in time",
-                )
-                .hint("`pgtandem status` says what blocks it, and how large the lag is"));
+            let Err(reason) = self.telemetry.readiness() else { return Ok(()) };
+            if Instant::now() + OWN_WORDS >= deadline {
+                let message = format!("the move did not become ready for the cutover in time: {reason}");
+                return Err(Error::new(Class::No, "not_ready", message)
+                    .hint("`pgtandem status` says what blocks it, and how large the lag is"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

@@ -19,7 +19,7 @@ const GENTLE: &[&str] = &["-R", "300"];
 
 /// From following to the end: more load, the cutover, the daemon's end, the comparison.
 async fn finish(stage: &Stage, load: Load, mut daemon: Running) {
-    stage.wait_for_phase(&mut daemon, "follow").await;
+    stage.wait_until_it_follows(&mut daemon).await;
     load.wait_for_sales().await;
     stage.cut_over().await;
     let ended = daemon.wait(PATIENCE).await;

@@ -10,7 +10,7 @@ async fn following(more: &str) -> (Stage, Load, Running) {
     let stage = Stage::new(versions_under_test(), scale(5)).await.configured(more);
     let load = Load::start(&stage, GENTLE);
     let mut daemon = stage.daemon(&[]);
-    stage.wait_for_phase(&mut daemon, "follow").await;
+    stage.wait_until_ready(&mut daemon).await;
     (stage, load, daemon)
 }
 
@@ -24,12 +24,12 @@ async fn goes_on(stage: &Stage, load: &Load) {
 async fn a_hook_that_fails_or_hangs_switches_nothing() {
     let (stage, load, daemon) = following("").await;
     stage.hook_shall("refuse");
-    stage.fail_to_cut_over("30s", "the hook refuses").await;
+    stage.fail_to_cut_over("60s", "the hook refuses").await;
     stage.hook_is_well();
     goes_on(&stage, &load).await;
 
     stage.hook_shall("hang");
-    stage.fail_to_cut_over("5s", "did not end before").await;
+    stage.fail_to_cut_over("10s", "did not end before").await;
     stage.hook_is_well();
     goes_on(&stage, &load).await;
 
@@ -40,9 +40,19 @@ async fn a_hook_that_fails_or_hangs_switches_nothing() {
 async fn a_table_that_stays_locked_keeps_the_fence_open() {
     let (stage, load, daemon) = following("").await;
     let holder = stage.source.connect().await;
-    // A lock that lets sales pass, and no fence.
-    holder.batch_execute("begin; lock table takings in row exclusive mode").await.expect("lock a table");
-    stage.fail_to_cut_over("4s", "takings").await;
+    // Given a lock that lets sales pass, and no fence.
+    let lock = "set application_name = 'a long report'; begin; lock table takings in row exclusive mode";
+    holder.batch_execute(lock).await.expect("lock a table");
+    // When the fence cannot be prepared, then the cutover fails in time and names who is in the way.
+    stage.fail_to_cut_over("6s", "a long report").await;
+    goes_on(&stage, &load).await;
+    // When it is prepared and cannot be closed, then too.
+    holder.batch_execute("rollback").await.expect("unlock the table");
+    stage.hook_shall("refuse");
+    stage.fail_to_cut_over("60s", "the hook refuses").await;
+    stage.hook_is_well();
+    holder.batch_execute(lock).await.expect("lock a table");
+    stage.fail_to_cut_over("6s", "a long report").await;
     goes_on(&stage, &load).await;
     holder.batch_execute("rollback").await.expect("unlock the table");
     finish(&stage, load, daemon).await;

@@ -141,6 +141,25 @@ impl Stage {
         }
     }
 
+    /// Waits until this daemon follows: nobody else holds the move any more, and it takes requests.
+    pub async fn wait_until_it_follows(&self, daemon: &mut Running) {
+        self.wait_for_phase(daemon, "follow").await;
+        let roles = "select 1 from pg_stat_activity where application_name = 'pgtandem app requests'
+                     and backend_start > (select max(backend_start) from pg_stat_activity
+                                          where application_name = 'pgtandem app lock')";
+        wait_until("the daemon takes requests", LONG, async || {
+            self.state(roles).await.is_some() || PHASES[self.reached().await] == "done"
+        })
+        .await;
+    }
+
+    /// Waits until a cutover would succeed.
+    pub async fn wait_until_ready(&self, daemon: &mut Running) {
+        self.wait_until_it_follows(daemon).await;
+        let done = self.program.spawn(&["cutover", "--dry-run", "--timeout", "60s"]).wait(LONG).await;
+        assert_eq!(done.code, Some(0), "{done}");
+    }
+
     /// Waits until a step of the newest cutover is in this state.
     pub async fn wait_for_step(&self, name: &str, state: &str) {
         let question = format!(
