@@ -3,6 +3,7 @@
 //!
 //! `PGTANDEM_TEST_SCALE` raises the size of the database.
 
+mod copies;
 mod deaths;
 mod load;
 mod refusals;
