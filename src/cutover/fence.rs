@@ -28,7 +28,7 @@ const PATIENCE: [Duration; 4] =
     [Duration::from_millis(300), Duration::from_millis(600), Duration::from_millis(1500), Duration::from_millis(2500)];
 
 /// How long making a trigger may keep a table's writers waiting.
-const TRIGGER_LOCK: &str = "500ms";
+const TRIGGER_LOCK: Duration = Duration::from_millis(500);
 
 /// The names that a fence has on the source.
 pub(super) struct Names {
@@ -129,20 +129,24 @@ async fn prepare_table(session: &Session, names: &Names, table: &QualifiedName, 
     loop {
         let made = session
             .batch_execute(&format!(
-                "BEGIN; SET LOCAL lock_timeout = '{TRIGGER_LOCK}';
+                "BEGIN; SET LOCAL lock_timeout = '{patience}ms';
                  DROP TRIGGER IF EXISTS {trigger} ON {table};
                  CREATE TRIGGER {trigger} BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {table}
                      FOR EACH STATEMENT EXECUTE FUNCTION {function}();
                  ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger};
                  COMMIT",
+                patience = TRIGGER_LOCK.as_millis(),
                 function = names.function(),
             ))
             .await;
         let Err(error) = made else { return Ok(()) };
         let error = Error::from(error);
         session.batch_execute("ROLLBACK").await.doing(|| "giving the lock back")?;
-        if error.code() != "lock_not_available" || Instant::now() >= deadline {
+        if !matches!(error.code(), "lock_not_available" | "deadlock_detected") {
             return Err(error);
+        }
+        if Instant::now() + TRIGGER_LOCK >= deadline {
+            return Err(not_in_time(session).await);
         }
         tracing::info!(table = %table.plain(), "the table is locked; trying again to prepare its fence");
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -194,10 +198,13 @@ pub(super) async fn close(source: &Server, tables: &[QualifiedName], deadline: I
         tracing::info!(attempt, holders = %holders(&session).await, "the fence is not closed yet; writers are let through");
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
-    let holders = holders(&session).await;
-    let message = format!("the tables could not be locked in time; locks are held by {holders}");
-    Err(Error::new(Class::No, "fence_timeout", message)
-        .hint("end these transactions or wait for them, or raise the timeout; writes on the source go on"))
+    Err(not_in_time(&session).await)
+}
+
+async fn not_in_time(session: &Session) -> Error {
+    let message = format!("the tables could not be locked in time; locks are held by {}", holders(session).await);
+    Error::new(Class::No, "fence_timeout", message)
+        .hint("end these transactions or wait for them, or raise the timeout; writes on the source go on")
 }
 
 /// `$1`: nothing. Locks that keep the fence open, with those who hold them.

@@ -36,12 +36,16 @@ pub(super) async fn run(config: &Config, deadline: Instant) -> Result<()> {
         .map_err(|e| failed(format!("it cannot be started: {e}")))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let ended = async { tokio::join!(child.wait(), log(stdout, "stdout"), log(stderr, "stderr")) };
-    let (status, _, said) = tokio::time::timeout_at(deadline.into(), ended)
+    let (status, printed, said) = tokio::time::timeout_at(deadline.into(), ended)
         .await
         .map_err(|_| failed("it did not end before cutover.timeout and was killed".to_owned()))?;
     match status {
         Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(failed(format!("{status}; it said: {}", said.join(" / ")))),
+        Ok(status) => {
+            // Many programs complain on standard output only.
+            let said = if said.is_empty() { printed } else { said };
+            Err(failed(format!("{status}; it said: {}", said.join(" / "))))
+        }
         Err(e) => Err(failed(format!("its end cannot be waited for: {e}"))),
     }
 }

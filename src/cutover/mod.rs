@@ -50,6 +50,8 @@ use crate::verify::{self, Depth};
 
 /// How long undoing is tried before the error is handed up.
 const UNDO_PATIENCE: Duration = Duration::from_secs(30);
+/// A step that waits for something gives up so much before the deadline, to say itself what it waited for.
+const OWN_WORDS: Duration = Duration::from_millis(300);
 
 /// Everything a cutover needs. Following goes on beside it.
 pub struct Cutover<'a> {
@@ -116,8 +118,9 @@ impl Cutover<'_> {
         let tables = fence::tables(self.source, &moved).await?;
         let locking = self.config.cutover.fence == FenceKind::Lock;
         let closed = if locking {
-            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, deadline)).await?;
-            Some(journal.step("fence", deadline, fence::close(self.source, &tables, deadline)).await?)
+            let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
+            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, patience)).await?;
+            Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
         } else {
             journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes").await?;
             None
@@ -178,16 +181,11 @@ impl Cutover<'_> {
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
         loop {
-            if self.telemetry.ready() {
-                return Ok(());
-            }
-            if Instant::now() + Duration::from_millis(200) >= deadline {
-                return Err(Error::new(
-                    Class::No,
-                    "not_ready",
-                    "the move did not become ready for the cutover in time",
-                )
-                .hint("`pgtandem status` says what blocks it, and how large the lag is"));
+            let Err(reason) = self.telemetry.readiness() else { return Ok(()) };
+            if Instant::now() + OWN_WORDS >= deadline {
+                let message = format!("the move did not become ready for the cutover in time: {reason}");
+                return Err(Error::new(Class::No, "not_ready", message)
+                    .hint("`pgtandem status` says what blocks it, and how large the lag is"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -303,22 +301,34 @@ pub async fn recover(config: &Config, source: &Server, store: &Store) -> Result<
     match recovered {
         Recovered::Undone => {
             undo(config, source, store, last.id, &died).await.doing(|| "undoing the cutover that was under way")?;
-            store.fail_running_requests(&error_json(&died)).await?;
+            store.fail_running_steps(last.id, "the daemon ended").await?;
+            store.answer_running(false, &refusal(&died)).await?;
             tracing::warn!("a cutover was under way when the daemon ended; it was undone, writes on the source are on");
         }
-        Recovered::Finished if last.state == CutoverState::Switching => {
-            tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
-            let switched = hook::run(config, Instant::now() + config.cutover.timeout).await;
-            if let Err(error) = switched {
-                undo(config, source, store, last.id, &error).await?;
-                store.fail_running_requests(&error_json(&error)).await?;
-                return Ok(Recovered::Undone);
+        Recovered::Finished => {
+            if last.state == CutoverState::Switching {
+                tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
+                let switched = hook::run(config, Instant::now() + config.cutover.timeout).await;
+                if let Err(error) = switched {
+                    undo(config, source, store, last.id, &error).await?;
+                    store.fail_running_steps(last.id, "the daemon ended").await?;
+                    store.answer_running(false, &refusal(&error)).await?;
+                    return Ok(Recovered::Undone);
+                }
             }
-            store.set_cutover(last.id, CutoverState::Done, None, None).await?;
+            // Also for a cutover that was done already: its daemon may have ended before it answered.
+            let pause = store.finish_cutover(last.id).await?;
+            store.answer_running(true, &serde_json::json!({"write_pause_seconds": pause})).await?;
         }
-        Recovered::Nothing | Recovered::Finished => {}
+        Recovered::Nothing => {}
     }
     Ok(recovered)
+}
+
+/// The answer to a request that came to nothing.
+#[must_use]
+pub fn refusal(error: &Error) -> serde_json::Value {
+    serde_json::json!({"error": error_json(error)})
 }
 
 /// An error as it stands in the state and in answers.

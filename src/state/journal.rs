@@ -122,6 +122,50 @@ impl Store {
         Ok(())
     }
 
+    /// Closes a cutover that another daemon began, as done; returns the write pause. That daemon took the time with it, so
+    /// the pause is counted by the target's clock from the end of the steps during which writes still flowed; where it
+    /// was written down, it stays.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn finish_cutover(&self, cutover: i64) -> Result<Option<f64>> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_one(
+                "WITH ended AS (
+                     UPDATE pgtandem.cutover_step SET state = 'done' WHERE cutover_id = $1 AND state = 'running')
+                 UPDATE pgtandem.cutover c SET state = 'done', error = NULL,
+                     write_pause_seconds = COALESCE(write_pause_seconds,
+                         extract(epoch FROM clock_timestamp() - started_at)::float8
+                         - (SELECT COALESCE(sum(s.seconds), 0) FROM pgtandem.cutover_step s
+                            WHERE s.cutover_id = c.id AND s.name IN ('ready', 'prepare')))
+                 WHERE id = $1 RETURNING write_pause_seconds",
+                &[&cutover],
+            )
+            .await
+            .doing(|| "journaling the cutover as done")?;
+        Ok(row.try_get(0)?)
+    }
+
+    /// The step that was under way when its daemon ended has failed.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn fail_running_steps(&self, cutover: i64, detail: &str) -> Result<()> {
+        let session = self.session().await?;
+        session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.cutover_step SET state = 'failed', detail = $2
+                 WHERE cutover_id = $1 AND state = 'running'",
+                &[&cutover, &detail],
+            )
+            .await
+            .doing(|| "journaling the step that was under way")?;
+        Ok(())
+    }
+
     /// The newest cutover of the move, if there was one.
     ///
     /// # Errors

@@ -184,18 +184,17 @@ impl Store {
         Ok(count == 1)
     }
 
-    /// Requests that a daemon had begun when it died are answered with no: their cutover was undone or finished
-    /// by the start that calls this.
+    /// Requests that a daemon had begun when it died are answered by the start that undid or finished their cutover.
     ///
     /// # Errors
     /// The connection's.
-    pub async fn fail_running_requests(&self, answer: &serde_json::Value) -> Result<()> {
+    pub async fn answer_running(&self, yes: bool, answer: &serde_json::Value) -> Result<()> {
         let session = self.session().await?;
         session
             .get()?
             .execute(
-                "UPDATE pgtandem.request SET state = 'failed', answer = $2::text::jsonb WHERE move = $1 AND state = 'running'",
-                &[&self.name.as_str(), &answer.to_string()],
+                "UPDATE pgtandem.request SET state = $2, answer = $3::text::jsonb WHERE move = $1 AND state = 'running'",
+                &[&self.name.as_str(), &if yes { "succeeded" } else { "failed" }, &answer.to_string()],
             )
             .await
             .doing(|| "answering old requests")?;

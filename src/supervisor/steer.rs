@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Supervisor, Until};
-use crate::cutover::{Cutover, error_json};
+use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::unkeyed;
 use crate::postgres::Session;
@@ -136,7 +136,7 @@ impl<'a> Steering<'a> {
                     let rehearsed = self.cutover().rehearse(timeout).await;
                     let answer = match &rehearsed {
                         Ok(drain) => serde_json::json!({"drain_seconds": drain.as_secs_f64()}),
-                        Err(error) => serde_json::json!({"error": error_json(error)}),
+                        Err(error) => refusal(error),
                     };
                     s.store.answer(request.id, rehearsed.is_ok(), &answer).await?;
                     return Ok(false);
@@ -151,7 +151,7 @@ impl<'a> Steering<'a> {
                         Ok(true)
                     }
                     Err(error) if error.class() == Class::No => {
-                        s.store.answer(request.id, false, &serde_json::json!({"error": error_json(&error)})).await?;
+                        s.store.answer(request.id, false, &refusal(&error)).await?;
                         Ok(false)
                     }
                     Err(error) => Err(error),
@@ -163,7 +163,7 @@ impl<'a> Steering<'a> {
                     "not_available",
                     "verifying while following is not available in this version",
                 );
-                s.store.answer(request.id, false, &serde_json::json!({"error": error_json(&error)})).await?;
+                s.store.answer(request.id, false, &refusal(&error)).await?;
                 Ok(false)
             }
         }

@@ -1,0 +1,60 @@
+//! Whole moves under load: a pgbench database moves while clients write, and whatever dies or is refused on the way, both
+//! sides are identical at the switch and nothing that was acknowledged is missing.
+//!
+//! `PGTANDEM_TEST_SCALE` raises the size of the database.
+
+mod copies;
+mod deaths;
+mod load;
+mod refusals;
+mod stage;
+mod stops;
+
+use load::Load;
+use stage::{Stage, scale};
+
+use crate::harness::{PATIENCE, Running, versions_under_test};
+
+/// A pace of pgbench that leaves the machine to what the test is about.
+const GENTLE: &[&str] = &["-R", "300"];
+
+/// From following to the end: more load, the cutover, the daemon's end, the comparison.
+async fn finish(stage: &Stage, load: Load, mut daemon: Running) {
+    stage.wait_until_it_follows(&mut daemon).await;
+    load.wait_for_sales().await;
+    stage.cut_over().await;
+    let ended = daemon.wait(PATIENCE).await;
+    assert_eq!(ended.code, Some(0), "{ended}");
+    load.settle(stage).await;
+}
+
+async fn moves(versions: (u16, u16), scale: u32) {
+    // Given a database under load.
+    let stage = Stage::new(versions, scale).await;
+    let load = Load::start(&stage, &[]);
+    // When it is moved, then it arrives whole.
+    let daemon = stage.daemon(&[]);
+    finish(&stage, load, daemon).await;
+    // And the pause of the writes is known afterwards.
+    let status = stage.program.run(&["status", "--json"]).await;
+    assert_eq!(status.code, Some(0), "{status}");
+    let status: serde_json::Value = serde_json::from_str(&status.stdout).expect("JSON");
+    assert_eq!(status["phase"], "done", "{status}");
+    assert_eq!(status["cutover"]["state"], "done", "{status}");
+    assert!(status["cutover"]["write_pause_seconds"].as_f64().is_some_and(|pause| pause > 0.0), "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_under_load_moves_from_15_to_15() {
+    moves((15, 15), scale(20)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_under_load_moves_from_13_to_18() {
+    moves((13, 18), scale(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_under_load_moves() {
+    moves(versions_under_test(), scale(5)).await;
+}
