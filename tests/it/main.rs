@@ -9,6 +9,7 @@ mod command_line;
 mod connecting;
 mod copy;
 mod demo;
+mod docs;
 mod harness_itself;
 mod moves;
 mod preflight;
