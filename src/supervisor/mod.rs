@@ -203,6 +203,10 @@ impl Supervisor<'_> {
     /// Makes sure that the state is there: of a move that began before, or of one that may begin.
     async fn enter(&self) -> Result<()> {
         let found = self.store.find().await?;
+        if found.as_ref().is_some_and(|record| record.phase == Phase::Done) {
+            // The source may be switched off by now.
+            return Ok(());
+        }
         let source = self.source.connect("control").await?;
         let identity = preflight::identity(&source).await?;
         match found.filter(|record| record.phase != Phase::Preflight) {
@@ -512,7 +516,7 @@ impl Walk<'_> {
         let caught_up = async {
             loop {
                 let progress = durable.borrow_and_update().lsn;
-                if progress >= beyond && s.telemetry.status().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING) {
+                if progress >= beyond && s.telemetry.overview().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING) {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -600,10 +604,16 @@ impl Walk<'_> {
     async fn finish(&mut self) -> Result<()> {
         let s = self.supervisor;
         s.enter_phase(Phase::Done).await?;
-        if let Some(kit) = &self.kit
-            && !kit.replica_role
-        {
-            kit.archive.foreign_keys().validate(&s.target).await.doing(|| "checking foreign keys after the switch")?;
+        let session = s.target.connect("control").await?;
+        if !schema::can_set_replica_role(&session).await? {
+            match self.kit().await {
+                Ok(kit) => kit.archive.foreign_keys().validate(&s.target).await?,
+                Err(error) => tracing::warn!(
+                    %error,
+                    "foreign keys that were added at the cutover may not be validated yet, and the source cannot be asked \
+                     which; ALTER TABLE … VALIDATE CONSTRAINT does it"
+                ),
+            }
         }
         // The source may be switched off already; its slot goes with it then.
         if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {

@@ -95,7 +95,7 @@ impl<'a> Steering<'a> {
                 watched = Instant::now();
                 unkeyed::check(&s.source, &s.store).await?;
             }
-            if s.options.until == Until::Follow && s.telemetry.status().lag.bytes == Some(0) {
+            if s.options.until == Until::Follow && s.telemetry.overview().lag.bytes == Some(0) {
                 tracing::info!("the lag reached zero");
                 return Ok(Decision::Reached);
             }
