@@ -5,13 +5,8 @@ use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
 use super::plan::Blocks;
 
-/// Set on both connections of a worker, beyond what every connection pins: `money` and `xml` print and read the same
-/// on both sides, and rows arrive in the order of the heap. `transaction_timeout` exists from 17 on.
-pub(super) const BOTH_SIDES: &str = "\
-    SET lc_monetary = 'C';
-    SET xmloption = content;
-    SET synchronize_seqscans = off;
-    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
+/// Set on both connections of a worker, beyond what every connection pins: rows arrive in the order of the heap.
+pub(super) const BOTH_SIDES: &str = "SET synchronize_seqscans = off";
 
 /// How long a worker stands in the queue of a lock on the source before it steps aside for a moment.
 pub(super) const SOURCE_LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";

@@ -81,9 +81,8 @@ impl Wire {
             .await
             .unwrap_or_else(|_| Err(Error::new(Class::Retry, "connect_timeout", "the server did not answer in time")))
             .doing(|| server.context(&host))?;
-        if mode == Mode::Sql {
-            wire.query(PINNED_SETTINGS).await.doing(|| "pinning the settings").doing(|| server.context(&host))?;
-        }
+        // A walsender, too, prints values as its session's settings say.
+        wire.query(PINNED_SETTINGS).await.doing(|| "pinning the settings").doing(|| server.context(&host))?;
         Ok(wire)
     }
 

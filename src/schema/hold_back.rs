@@ -1,4 +1,5 @@
-//! Finding what would react to applied rows or to our statements, with the statements that disable it and bring it back.
+//! Finding what would react to applied rows or to our statements, or refuse them, with the statements that disable it and
+//! bring it back.
 //!
 //! The order matters. Disabling goes from first to last, enabling from last to first: event triggers are disabled first
 //! and enabled last, so that they never see the other statements. A trigger of a partitioned table hands its state down to
@@ -41,6 +42,21 @@ fn rules() -> String {
     )
 }
 
+/// Columns that are GENERATED ALWAYS AS IDENTITY. An INSERT may say OVERRIDING SYSTEM VALUE, an UPDATE may not: it would be
+/// refused the value that the source gave. From 17 on a partition has its identity from its root.
+fn identity_columns() -> String {
+    format!(
+        r"
+        SELECT n.nspname, c.relname, a.attname::text
+        FROM pg_catalog.pg_attribute a
+        JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p') AND a.attidentity = 'a' AND NOT a.attisdropped AND {IS_USER_TABLE}
+          AND NOT (c.relispartition AND pg_catalog.current_setting('server_version_num')::int4 >= 170000)
+        ORDER BY 1, 2, 3"
+    )
+}
+
 /// Everything on the target that is enabled and must not be before the cutover, in the order of disabling.
 pub(super) async fn find(target: &Session, event_triggers: &[String]) -> Result<Vec<HeldBack>> {
     let mut found = Vec::new();
@@ -52,6 +68,10 @@ pub(super) async fn find(target: &Session, event_triggers: &[String]) -> Result<
             let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
             found.push(on_table(kind, &table, row.try_get(2)?, row.try_get(3)?));
         }
+    }
+    for row in target.query(&identity_columns(), &[]).await.doing(|| "listing identity columns")? {
+        let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+        found.push(identity(&table, row.try_get(2)?));
     }
     Ok(found)
 }
@@ -81,6 +101,15 @@ fn on_table(kind: &str, table: &QualifiedName, name: &str, enabled: &str) -> Hel
         what: format!("{} {name} on {}", kind.to_lowercase(), table.plain()),
         enable: format!("ALTER TABLE {table} {} {kind} {quoted}", state(enabled)),
         disable: format!("ALTER TABLE {table} DISABLE {kind} {quoted}"),
+    }
+}
+
+fn identity(table: &QualifiedName, column: &str) -> HeldBack {
+    let set = |how: &str| format!("ALTER TABLE {table} ALTER COLUMN {} SET GENERATED {how}", quote_identifier(column));
+    HeldBack {
+        what: format!("GENERATED ALWAYS of {}.{column}", table.plain()),
+        enable: set("ALWAYS"),
+        disable: set("BY DEFAULT"),
     }
 }
 

@@ -7,6 +7,7 @@ mod harness;
 
 mod command_line;
 mod connecting;
+mod followed;
 mod harness_itself;
 mod preflight;
 mod schema;
