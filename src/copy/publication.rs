@@ -188,7 +188,8 @@ async fn roots(client: &impl GenericClient) -> Result<HashMap<QualifiedName, Roo
     let sql = format!(
         "SELECT n.nspname, c.relname,
                 (SELECT count(*) FROM pg_catalog.pg_partition_tree(c.oid) t WHERE t.isleaf AND t.relid <> c.oid),
-                EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid)
+                EXISTS (SELECT FROM pg_catalog.pg_index i
+                        WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid)
          FROM pg_catalog.pg_class c
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind = 'p' AND NOT c.relispartition AND c.relpersistence = 'p' AND {IS_USER_TABLE}"

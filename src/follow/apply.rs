@@ -279,7 +279,12 @@ impl Applier {
             marker: None,
         });
         let begin = StatementKey::Own("BEGIN");
-        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await
+        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await?;
+        // Within a transaction of the source a deferrable constraint may have been broken for a while.
+        let defer = "SET CONSTRAINTS ALL DEFERRED";
+        self.pipeline
+            .execute(StatementKey::Own(defer), || defer.to_owned(), std::iter::empty(), Purpose::Own(defer))
+            .await
     }
 
     fn count(&mut self, bytes: usize, what: impl FnOnce(&mut BatchApplied)) {

@@ -10,7 +10,7 @@ use bytes::{BufMut, BytesMut};
 use postgres_protocol::message::{backend, frontend};
 
 use super::relation::Plan;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::postgres::wire::{self, Wire};
 use crate::postgres::{Lsn, QualifiedName};
 
@@ -187,7 +187,7 @@ impl Pipeline {
             match frame.tag {
                 backend::COMMAND_COMPLETE_TAG => {
                     let purpose = self.pending.pop_front().ok_or_else(|| Error::bug("an answer to no statement"))?;
-                    self.answered(purpose, wire::affected(&frame.body));
+                    self.answered(purpose, wire::affected(&frame.body))?;
                     count -= 1;
                 }
                 backend::ERROR_RESPONSE_TAG => return Err(self.failed(wire::error_of(&frame.body))),
@@ -202,14 +202,29 @@ impl Pipeline {
         Ok(())
     }
 
-    fn answered(&mut self, purpose: Purpose, count: u64) {
+    fn answered(&mut self, purpose: Purpose, count: u64) -> Result<()> {
         match purpose {
+            Purpose::Row { operation: operation @ (Operation::Update | Operation::Delete), plan, at } if count > 1 => {
+                return Err(Error::new(
+                    Class::Operator,
+                    "row_ambiguous",
+                    format!(
+                        "{} of transaction {} (committed at {}) found {count} rows in table {} on the target instead of one",
+                        operation.as_str(),
+                        at.xid,
+                        at.commit_lsn,
+                        plan.name.plain()
+                    ),
+                )
+                .hint("the target has lost the unique index that the source identifies rows by; nothing of the batch was applied"));
+            }
             Purpose::Row { operation: operation @ (Operation::Update | Operation::Delete), plan, at } if count == 0 => {
                 self.missing.push(Missing { table: plan.name.clone(), operation, at });
             }
             Purpose::Row { .. } => {}
             Purpose::Own(_) => self.own_count = count,
         }
+        Ok(())
     }
 
     fn failed(&mut self, error: Error) -> Error {

@@ -27,6 +27,8 @@ pub(super) struct TargetColumn {
     pub type_oid: u32,
     /// Of a domain the type below it, since that is what the stream names a domain's type.
     pub type_name: QualifiedName,
+    /// What is below a domain, and below the domain that that may be of; else the type itself. The stream names this.
+    pub base_type: QualifiedName,
     pub type_modifier: i32,
     pub generated: bool,
     pub primary_key: bool,
@@ -40,7 +42,7 @@ pub(super) struct TargetColumn {
 /// an extension has its `=` in the extension's schema, which is on no search path of ours.
 const TARGET_TABLE: &str = r"
     SELECT c.relkind = 'p', a.attname::text, a.atttypid, tn.nspname::text, t.typname::text, a.atttypmod,
-           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator
+           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator, base.schema, base.name
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -52,7 +54,15 @@ const TARGET_TABLE: &str = r"
         SELECT typname, typnamespace FROM chain WHERE typtype <> 'd') t ON true
     LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
     LEFT JOIN LATERAL (
-        SELECT i.indisprimary AS primary_key,
+        WITH RECURSIVE below AS (
+            SELECT t.typtype, t.typnamespace, t.typname, t.typbasetype
+            UNION ALL
+            SELECT b.typtype, b.typnamespace, b.typname, b.typbasetype
+            FROM below JOIN pg_catalog.pg_type b ON b.oid = below.typbasetype WHERE below.typtype = 'd')
+        SELECT bn.nspname::text AS schema, below.typname::text AS name
+        FROM below JOIN pg_catalog.pg_namespace bn ON bn.oid = below.typnamespace WHERE below.typtype <> 'd') base ON true
+    LEFT JOIN LATERAL (
+        SELECT i.indisprimary AND i.indimmediate AS primary_key,
                pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname) AS operator
         FROM pg_catalog.pg_index i
         CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) k(attnum, opclass)
@@ -84,6 +94,7 @@ pub(super) async fn read_target(session: &Session, name: &QualifiedName) -> Resu
             name,
             type_oid: row.try_get(2)?,
             type_name: QualifiedName { schema: row.try_get(3)?, name: row.try_get(4)? },
+            base_type: QualifiedName { schema: row.try_get(9)?, name: row.try_get(10)? },
             type_modifier: row.try_get(5)?,
             generated: row.try_get(6)?,
             primary_key: row.try_get(7)?,
@@ -124,6 +135,9 @@ struct PlannedColumn {
     /// The target computes generated columns itself.
     written: bool,
     equality: String,
+    /// The type that a parameter is read as before it is compared: beside a composite, a bare one would be an anonymous
+    /// record, which has no input.
+    type_name: QualifiedName,
 }
 
 impl Plan {
@@ -151,7 +165,7 @@ impl Plan {
             let same_type = if column.type_oid < FIRST_USER_OID {
                 column.type_oid == found.type_oid && column.type_modifier == found.type_modifier
             } else {
-                types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
+                types.get(&column.type_oid).is_none_or(|name| *name == found.base_type)
             };
             if !same_type {
                 return Err(shape(&table, &format!("column {:?} has another type on the target", column.name)));
@@ -160,6 +174,7 @@ impl Plan {
                 name: quote_identifier(&column.name),
                 written: !found.generated,
                 equality: found.equality.clone().unwrap_or_else(|| "OPERATOR(pg_catalog.=)".to_owned()),
+                type_name: found.type_name.clone(),
             });
         }
         Ok(Self {
@@ -247,22 +262,22 @@ impl Plan {
             Finder::Key(key) => key
                 .iter()
                 .filter_map(|&at| self.columns.get(at))
-                .map(|column| format!("{} {} {}", column.name, column.equality, parameter()))
+                .map(|column| format!("{} {} {}::{}", column.name, column.equality, parameter(), column.type_name))
                 .collect::<Vec<_>>()
                 .join(" AND "),
             Finder::WholeRow => {
                 // Compared as printed: works for types without equality, and tells 1.0 from 1.00. Of rows that look
-                // the same any one will do, but only one.
+                // the same any one will do, but only one. IS NULL would also find a composite whose fields are all NULL.
                 let alike = self
                     .columns
                     .iter()
                     .enumerate()
                     .map(|(at, column)| {
                         if nulls.get(at).copied().unwrap_or(false) {
-                            format!("{} IS NULL", column.name)
+                            format!("{} IS NOT DISTINCT FROM NULL", column.name)
                         } else {
                             format!(
-                                "pg_catalog.format('%s', {0}) = {1}::text AND {0} IS NOT NULL",
+                                "pg_catalog.format('%s', {0}) = {1}::text AND {0} IS DISTINCT FROM NULL",
                                 column.name,
                                 parameter()
                             )
@@ -336,6 +351,7 @@ mod tests {
                     name: (*name).into(),
                     type_oid: *type_oid,
                     type_name: QualifiedName::new("pg_catalog", "int4"),
+                    base_type: QualifiedName::new("pg_catalog", "int4"),
                     type_modifier: -1,
                     generated: *generated,
                     primary_key: *primary_key,
@@ -359,9 +375,12 @@ mod tests {
         assert_eq!(plan.insert(), r#"INSERT INTO "public"."t" ("id", "v") OVERRIDING SYSTEM VALUE VALUES ($1, $2)"#);
         assert_eq!(
             plan.update(&[1], &[]),
-            r#"UPDATE ONLY "public"."t" SET "v" = $1 WHERE "id" OPERATOR(pg_catalog.=) $2"#
+            r#"UPDATE ONLY "public"."t" SET "v" = $1 WHERE "id" OPERATOR(pg_catalog.=) $2::"pg_catalog"."int4""#
         );
-        assert_eq!(plan.delete(&[]), r#"DELETE FROM ONLY "public"."t" WHERE "id" OPERATOR(pg_catalog.=) $1"#);
+        assert_eq!(
+            plan.delete(&[]),
+            r#"DELETE FROM ONLY "public"."t" WHERE "id" OPERATOR(pg_catalog.=) $1::"pg_catalog"."int4""#
+        );
     }
 
     #[test]
@@ -373,7 +392,12 @@ mod tests {
         let whole = plan(&full, &keyless).unwrap();
         assert_eq!(whole.finder, Finder::WholeRow);
         let sql = whole.delete(&[false, true]);
-        assert!(sql.contains("LIMIT 1") && sql.contains(r#""v" IS NULL"#) && sql.contains("$1") && !sql.contains("$2"));
+        assert!(
+            sql.contains("LIMIT 1")
+                && sql.contains(r#""v" IS NOT DISTINCT FROM NULL"#)
+                && sql.contains("$1")
+                && !sql.contains("$2")
+        );
     }
 
     #[test]

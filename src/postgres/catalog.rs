@@ -38,7 +38,8 @@ pub struct Table {
     pub name: QualifiedName,
     /// In order; dropped columns are left out.
     pub columns: Vec<Column>,
-    /// Columns of the primary key, in index order; empty without one.
+    /// Columns of the primary key, in index order; empty without one. A deferrable key identifies no row and counts as
+    /// none, here and for the source.
     pub primary_key: Vec<String>,
     /// What identifies an old row.
     pub identity: ReplicaIdentity,
@@ -88,7 +89,7 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
             FROM pg_catalog.pg_index i
             CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid AND k.ord <= i.indnkeyatts) pk ON true
+            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid AND k.ord <= i.indnkeyatts) pk ON true
         LEFT JOIN LATERAL (
             SELECT array_agg(a.attname::text ORDER BY k.ord) AS columns
             FROM pg_catalog.pg_index i

@@ -4,6 +4,7 @@
 //! changes how values print or whether a statement is allowed to take its time.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -79,6 +80,8 @@ struct Inner {
     tls: Option<Tls>,
     /// The way that the last control connection found good; every connection tries it first.
     known_good: Mutex<Option<Route>>,
+    /// Whether the server was seen to be 17 or later, and so knows `transaction_timeout`.
+    knows_transaction_timeout: AtomicBool,
 }
 
 /// One thing to try: a host, with or without TLS.
@@ -96,7 +99,14 @@ impl Server {
     pub fn new(side: Side, conninfo: ConnInfo, move_name: &str) -> Result<Self> {
         let tls = Tls::new(&conninfo).map_err(|e| e.doing(format!("{}.url", side.as_str())))?;
         let move_name = move_name.to_owned();
-        Ok(Self(Arc::new(Inner { side, conninfo, move_name, tls, known_good: Mutex::new(None) })))
+        Ok(Self(Arc::new(Inner {
+            side,
+            conninfo,
+            move_name,
+            tls,
+            known_good: Mutex::new(None),
+            knows_transaction_timeout: AtomicBool::new(false),
+        })))
     }
 
     /// Which side this is.
@@ -120,6 +130,7 @@ impl Server {
             move_name: self.0.move_name.clone(),
             tls: self.0.tls.clone(),
             known_good: Mutex::new(*self.0.known_good.lock().unwrap_or_else(PoisonError::into_inner)),
+            knows_transaction_timeout: AtomicBool::new(self.0.knows_transaction_timeout.load(Ordering::Relaxed)),
         }))
     }
 
@@ -312,6 +323,9 @@ impl Server {
         }
         let (client, connection) =
             config.connect_raw(stream, PreparedTls::new(end_point)).await.map_err(|e| self.refused(host, e))?;
+        let major =
+            connection.parameter("server_version").and_then(|version| version.split(['.', ' ']).next()?.parse().ok());
+        self.0.knows_transaction_timeout.store(major.is_some_and(|major: u32| major >= 17), Ordering::Relaxed);
         let session = Session::start(client, connection, self.clone(), route);
         check_attrs(&session, wanted).await?;
         session.batch_execute(PINNED_SETTINGS).await.map_err(|e| Error::from(e).doing("pinning the settings"))?;

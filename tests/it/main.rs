@@ -10,6 +10,7 @@ mod connecting;
 mod copy;
 mod demo;
 mod docs;
+mod followed;
 mod harness_itself;
 mod moves;
 mod preflight;

@@ -3,6 +3,7 @@
 //! See <https://www.postgresql.org/docs/current/libpq-envars.html>.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use crate::postgres::conninfo::{Host, SessionAttrs, SslNegotiation};
 use crate::postgres::tls::{Authorities, Tls};
@@ -92,9 +93,11 @@ impl Server {
         }
         set("PGCLIENTENCODING", "UTF8".to_owned());
         set("PGCONNECT_TIMEOUT", conninfo.connect_timeout().unwrap_or_default().as_secs().to_string());
-        // A role's or a database's default must not stop a restore.
-        let pinned = "-c default_transaction_read_only=off";
-        set("PGOPTIONS", conninfo.options().map_or_else(|| pinned.to_owned(), |options| format!("{options} {pinned}")));
+        // A role's or a database's default must not stop a restore, nor print money in the manner of one side.
+        let pinned = "-c default_transaction_read_only=off -c statement_timeout=0 -c lock_timeout=0 -c lc_monetary=C"
+            .to_owned()
+            + if self.0.knows_transaction_timeout.load(Ordering::Relaxed) { " -c transaction_timeout=0" } else { "" };
+        set("PGOPTIONS", conninfo.options().map_or_else(|| pinned.clone(), |options| format!("{options} {pinned}")));
         set("PGGSSENCMODE", "disable".to_owned());
         set("PGCHANNELBINDING", conninfo.channel_binding().as_str().to_owned());
         if conninfo.session_attrs() != SessionAttrs::Any {
