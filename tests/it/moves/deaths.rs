@@ -76,7 +76,9 @@ async fn survives(kills: u64) {
             0 | 1 => kill_in(&stage, daemon, "schema", random.moment(Duration::from_millis(600))).await,
             2..=4 => kill_in(&stage, daemon, "copy", random.moment(Duration::from_millis(1500))).await,
             5 | 6 => kill_in(&stage, daemon, "catchup", random.moment(Duration::from_millis(800))).await,
-            _ if kill + 2 == kills => kill_in_a_cutover(&stage, daemon, random.moment(Duration::from_millis(300))).await,
+            _ if kill + 2 == kills => {
+                kill_in_a_cutover(&stage, daemon, random.moment(Duration::from_millis(300))).await
+            }
             _ => kill_in(&stage, daemon, "follow", random.moment(Duration::from_millis(1500))).await,
         }
     }
@@ -104,7 +106,8 @@ async fn ten_deaths_of_the_daemon_change_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes hours"]
 async fn many_deaths_of_the_daemon_change_nothing() {
-    let mut left: u64 = std::env::var("PGTANDEM_TEST_KILLS").map_or(500, |text| text.parse().expect("PGTANDEM_TEST_KILLS"));
+    let mut left: u64 =
+        std::env::var("PGTANDEM_TEST_KILLS").map_or(500, |text| text.parse().expect("PGTANDEM_TEST_KILLS"));
     // Each move takes some of them, so that each phase sees many.
     while left > 0 {
         let kills = left.min(10);
@@ -154,12 +157,15 @@ async fn crashes_of_either_server_change_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_ended_by_an_administrator_change_nothing() {
     let (stage, load, daemon) = following().await;
-    for (side, role) in [(&stage.source, "stream"), (&stage.target, "apply"), (&stage.target, "lock"), (&stage.target, "state")]
+    for (side, role) in
+        [(&stage.source, "stream"), (&stage.target, "apply"), (&stage.target, "lock"), (&stage.target, "state")]
     {
         let sessions = format!("from pg_stat_activity where application_name = 'pgtandem app {role}'");
         let known = format!("select pid {sessions}");
-        wait_until(&format!("there is a session {role}"), PATIENCE, async || !side.query_strings(&known).await.is_empty())
-            .await;
+        wait_until(&format!("there is a session {role}"), PATIENCE, async || {
+            !side.query_strings(&known).await.is_empty()
+        })
+        .await;
         side.execute(&format!("select pg_terminate_backend(pid) {sessions}")).await;
         stage.wait_for_more().await;
     }

@@ -110,7 +110,8 @@ impl Load {
         let sold = self.shared.sold.lock().expect("the sales").clone();
         assert!(sold.len() > 10, "only {} tickets were sold", sold.len());
         assert_sold(&sold, target).await;
-        let wrong = "select t.client from takings t where t.sold <> (select count(*) from tickets where client = t.client)";
+        let wrong =
+            "select t.client from takings t where t.sold <> (select count(*) from tickets where client = t.client)";
         assert_eq!(target.query_strings(wrong).await, Vec::<String>::new(), "takings and tickets differ");
         println!("{} tickets sold, {} refused by the fence", sold.len(), self.shared.refused.load(Ordering::SeqCst));
     }

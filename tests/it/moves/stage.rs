@@ -58,8 +58,7 @@ impl Stage {
     /// Servers of these versions, and a database with pgbench's tables of `scale` on the source.
     pub async fn new(versions: (u16, u16), scale: u32) -> Self {
         let (source_server, target_server) = tokio::join!(Cluster::start(versions.0), Cluster::start(versions.1));
-        let (source, target) =
-            (source_server.create_database("app").await, target_server.create_database("app").await);
+        let (source, target) = (source_server.create_database("app").await, target_server.create_database("app").await);
         source.execute(SCHEMA).await;
         let folder = source_server.data().parent().expect("the folder of the cluster").join("app");
         fs::create_dir(&folder).expect("folder of the hook");
