@@ -174,8 +174,7 @@ fn every_link_of_a_page_leads_somewhere() {
 #[test]
 fn every_test_that_the_readme_names_is_there() {
     let readme = read(&project().join("README.md"));
-    let named: Vec<_> =
-        readme.split('`').filter_map(|code| code.split_once("::")).filter(|(m, _)| is_word(m)).collect();
+    let named: Vec<_> = readme.split('`').filter_map(|code| code.split_once("::")).filter(|(m, _)| is_word(m)).collect();
     assert!(named.len() > 5, "only {named:?}");
     for (module, test) in named {
         let text = read(&project().join(format!("tests/it/{module}.rs")));
@@ -204,8 +203,7 @@ fn the_table_of_the_status_has_exactly_the_fields_of_the_document() {
     let code = read(&project().join("src/telemetry/status.rs"));
     let (structs, _) = code.split_once("/// Asks the target and the source").unwrap();
     let structs = structs.replace("#[serde(skip)]\n    pub ", "");
-    let fields =
-        structs.lines().filter_map(|line| line.strip_prefix("    pub ")?.split_once(':').map(|(name, _)| name));
+    let fields = structs.lines().filter_map(|line| line.strip_prefix("    pub ")?.split_once(':').map(|(name, _)| name));
     let last_words: BTreeSet<_> = named.iter().filter_map(|path| path.rsplit('.').next()).collect();
     let missing: Vec<_> =
         fields.filter(|field| !last_words.contains(field) && !is_group(field)).map(str::to_owned).collect();
