@@ -19,7 +19,7 @@ use crate::telemetry::Telemetry;
 /// Create the slot, print the name of its snapshot and hold it, for a pg_dump by hand; then run with copy.method = "none"
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  pgtandem snapshot\n  # and, in another terminal, while it holds:\n  pg_dump --snapshot=NAME_PRINTED -Fd -j4 -f dump \"$PGTANDEM_SOURCE_URL\"\n  # then end it with ctrl-C, restore the dump into the target, and\n  PGTANDEM_COPY_METHOD=none pgtandem run"
+    after_help = "Example:\n  pgtandem snapshot\n  # and, in another terminal, while it holds:\n  pg_dump --snapshot=NAME_PRINTED --no-publications --no-subscriptions -Fd -j4 -f dump \"$PGTANDEM_SOURCE_URL\"\n  # then end it with ctrl-C, restore the dump into the target, and\n  PGTANDEM_COPY_METHOD=none pgtandem run"
 )]
 pub struct Args {
     /// One JSON document on stdout
@@ -79,7 +79,7 @@ fn print(name: &MoveName, cut: &Cut, json: bool) -> Result<()> {
             stdout,
             "snapshot  {snapshot}\nlsn       {lsn}\nslot      {slot}\n\n\
              Copy from it while this runs, for example:\n  \
-             pg_dump --snapshot={snapshot} -Fd -j4 -f dump \"$PGTANDEM_SOURCE_URL\"\n\
+             pg_dump --snapshot={snapshot} --no-publications --no-subscriptions -Fd -j4 -f dump \"$PGTANDEM_SOURCE_URL\"\n\
              End this with ctrl-C once the dump is complete; restore it into the target; then:\n  \
              PGTANDEM_COPY_METHOD=none pgtandem run"
         )?;

@@ -75,7 +75,7 @@ pub async fn run(config: &Config, source: &Server, target: &Server) -> Report {
         answer(&mut found, side, "whether a pooler stands between", outcome);
     }
     let begun = match Store::new(target.clone(), config.name.clone()).find().await {
-        Ok(record) => record.is_some_and(|record| record.phase != Phase::Preflight),
+        Ok(record) => record.is_some_and(|record| record.phase != Phase::Preflight || record.slot_lsn.is_some()),
         Err(error) => {
             found.push(connection::cannot_look(Side::Target, "whether this move has begun", &error));
             false

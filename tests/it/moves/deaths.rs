@@ -5,7 +5,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::load::Load;
-use super::stage::{LONG, PHASES, Stage, scale};
+use super::stage::{LONG, PHASES, Stage, number, scale};
 use super::{GENTLE, finish};
 use crate::harness::{Cluster, PATIENCE, Running, versions_under_test, wait_until};
 
@@ -15,7 +15,7 @@ struct Xorshift(u64);
 impl Xorshift {
     fn new() -> Self {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as u64;
-        let seed = std::env::var("PGTANDEM_TEST_SEED").map_or(clock, |text| text.parse().expect("PGTANDEM_TEST_SEED"));
+        let seed = number("PGTANDEM_TEST_SEED").unwrap_or(clock);
         println!("PGTANDEM_TEST_SEED={seed}");
         Self(seed.max(1))
     }
@@ -52,22 +52,27 @@ async fn kill_in_a_cutover(stage: &Stage, mut daemon: Running, later: Duration) 
     let mut next = stage.daemon(&[]);
     let answer = asking.wait(LONG).await;
     println!("the one who asked was told: {:?}", answer.code);
-    let done = PHASES[stage.reached().await] == "done";
+    let done =
+        stage.state("select state from pgtandem.cutover order by id desc limit 1").await.as_deref() == Some("done");
     assert_eq!(answer.code, Some(if done { 0 } else { 1 }), "{answer}");
-    if !done {
-        stage.wait_for_phase(&mut next, "follow").await;
+    if done {
+        let ended = next.wait(LONG).await;
+        assert_eq!(ended.code, Some(0), "{ended}");
+    } else {
+        stage.wait_until_it_follows(&mut next).await;
+        next.kill();
     }
-    next.kill();
 }
 
-/// A move whose daemon dies `kills` times, spread over the phases, once of ten in a cutover.
-async fn survives(kills: u64) {
-    let mut random = Xorshift::new();
+/// A move whose daemon dies up to `kills` times, spread over the phases, the last but one time in a cutover. Returns how
+/// often it died before the move was done.
+async fn survives(random: &mut Xorshift, kills: u64) -> u64 {
     let stage = Stage::new(versions_under_test(), scale(5)).await;
     let load = Load::start(&stage, GENTLE);
+    let mut deaths = 0;
     for kill in 0..kills {
         if PHASES[stage.reached().await] == "done" {
-            println!("the move was done after {kill} deaths");
+            println!("the move was done after {deaths} deaths");
             break;
         }
         // The early phases are passed once, so they get the early deaths.
@@ -77,12 +82,14 @@ async fn survives(kills: u64) {
             2..=4 => kill_in(&stage, daemon, "copy", random.moment(Duration::from_millis(1500))).await,
             5 | 6 => kill_in(&stage, daemon, "catchup", random.moment(Duration::from_millis(800))).await,
             _ if kill + 2 == kills => {
-                kill_in_a_cutover(&stage, daemon, random.moment(Duration::from_millis(300))).await
+                kill_in_a_cutover(&stage, daemon, random.moment(Duration::from_millis(300))).await;
             }
             _ => kill_in(&stage, daemon, "follow", random.moment(Duration::from_millis(1500))).await,
         }
+        deaths += 1;
     }
     end_under_load(&stage, load).await;
+    deaths
 }
 
 /// However far it is: a last daemon brings the move to its end.
@@ -99,20 +106,19 @@ async fn end_under_load(stage: &Stage, load: Load) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_deaths_of_the_daemon_change_nothing() {
-    survives(10).await;
+    survives(&mut Xorshift::new(), 10).await;
 }
 
 /// For a quiet night: `PGTANDEM_TEST_KILLS=500 cargo test --test it many_deaths -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes hours"]
 async fn many_deaths_of_the_daemon_change_nothing() {
-    let mut left: u64 =
-        std::env::var("PGTANDEM_TEST_KILLS").map_or(500, |text| text.parse().expect("PGTANDEM_TEST_KILLS"));
+    let mut random = Xorshift::new();
+    let mut left: u64 = number("PGTANDEM_TEST_KILLS").unwrap_or(500);
     // Each move takes some of them, so that each phase sees many.
     while left > 0 {
-        let kills = left.min(10);
-        survives(kills).await;
-        left -= kills;
+        left -= survives(&mut random, left.min(10)).await;
+        println!("{left} deaths are left");
     }
 }
 

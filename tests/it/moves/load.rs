@@ -96,8 +96,8 @@ impl Load {
         for seller in self.sellers {
             seller.await.expect("a seller");
         }
-        let target = &stage.target;
-        assert_sold(&self.shared.sold.lock().expect("the sales").clone(), target).await;
+        let sold = self.shared.sold.lock().expect("the sales").clone();
+        assert_sold(&sold, &stage.target).await;
     }
 
     async fn everyone_has_moved(&self) {

@@ -206,5 +206,11 @@ pub fn pgbench(port: u16, arguments: &[&str]) -> Command {
 
 /// The scale of pgbench's tables: this one, unless `PGTANDEM_TEST_SCALE` says otherwise.
 pub fn scale(ordinary: u32) -> u32 {
-    std::env::var("PGTANDEM_TEST_SCALE").map_or(ordinary, |text| text.parse().expect("PGTANDEM_TEST_SCALE"))
+    number("PGTANDEM_TEST_SCALE").unwrap_or(ordinary)
+}
+
+/// A number that whoever runs the tests has set in the environment.
+pub fn number<T: std::str::FromStr>(name: &str) -> Option<T> {
+    let text = std::env::var_os(name)?;
+    Some(text.to_str().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{name} is no number: {text:?}")))
 }
