@@ -88,7 +88,7 @@ kinds! {
     NO_LOCK_RIGHT = Blocking "no_lock_right" {
         what: "tables of the source cannot be locked",
         why: "the fence of a cutover stops writes by locking every table",
-        fix: "GRANT UPDATE ON … TO …, or cutover.fence = \"read-only\"",
+        fix: "GRANT UPDATE ON … TO …, or cutover.fence = \"none\" and stop the writers yourself",
     }
     ROW_SECURITY = Blocking "row_security" {
         what: "row-level security of the source would hide rows from the copy",

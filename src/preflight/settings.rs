@@ -88,7 +88,7 @@ kinds! {
     }
     DECODING_MEMORY = Info "decoding_memory" {
         what: "logical_decoding_work_mem is small",
-        why: "larger transactions are spilled to the source's disk while they are decoded, which is slower; the stream asks for more where it may",
+        why: "larger transactions are spilled to the source's disk while they are decoded, which is slower",
         fix: "",
     }
     SETTINGS_OVERRIDDEN = Info "settings_overridden" {
