@@ -15,7 +15,7 @@
 //!
 //! Lifting a sealed fence is again one statement: the function does nothing. It takes no lock on any table.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::error::{Class, Doing, Error, Result};
@@ -26,6 +26,9 @@ use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_li
 /// give way soon; the later ones outlast `deadlock_timeout` (1 s), after which an autovacuum worker gives way to us.
 const PATIENCE: [Duration; 4] =
     [Duration::from_millis(300), Duration::from_millis(600), Duration::from_millis(1500), Duration::from_millis(2500)];
+
+/// The server ends the fence's session so much after the deadline, if we did not.
+const AFTER_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long making a trigger may keep a table's writers waiting.
 const TRIGGER_LOCK: Duration = Duration::from_millis(500);
@@ -86,17 +89,24 @@ pub(super) async fn tables(source: &Server, moved: &[QualifiedName]) -> Result<V
         .doing(|| "listing the tables to fence")?;
     let moved: HashSet<&QualifiedName> = moved.iter().collect();
     let mut above: HashSet<u32> = HashSet::new();
+    let mut ancestors: HashMap<u32, Vec<u32>> = HashMap::new();
     let mut all = Vec::with_capacity(rows.len());
     for row in &rows {
         let name = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
         let partitioned: bool = row.try_get(2)?;
+        let (of, oid): (Vec<u32>, u32) = (row.try_get(3)?, row.try_get(4)?);
         if !partitioned && moved.contains(&name) {
-            above.extend(row.try_get::<_, Vec<u32>>(3)?);
+            // The list begins with the table itself.
+            above.extend(of.iter().filter(|ancestor| **ancestor != oid));
         }
-        all.push((name, partitioned, row.try_get::<_, u32>(4)?));
+        ancestors.insert(oid, of);
+        all.push((name, partitioned, oid));
     }
     let fenced = |(name, partitioned, oid): &(QualifiedName, bool, u32)| {
-        if *partitioned { above.contains(oid) } else { moved.contains(name) }
+        // A partition that was made since the copy is written to as well.
+        above.contains(oid)
+            || moved.contains(name)
+            || (!partitioned && ancestors.get(oid).is_some_and(|all| all.iter().any(|root| above.contains(root))))
     };
     Ok(all.into_iter().filter(fenced).map(|(name, _, _)| name).collect())
 }
@@ -177,6 +187,7 @@ pub(super) struct Fence {
 /// Closes the fence: gets every lock in one statement, or gives all of them back and tries again.
 pub(super) async fn close(source: &Server, tables: &[QualifiedName], deadline: Instant) -> Result<Fence> {
     let session = source.connect("fence").await?;
+    limit(&session, deadline).await?;
     let list = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
     let lock = if tables.is_empty() { String::new() } else { format!("LOCK TABLE {list} IN SHARE ROW EXCLUSIVE MODE") };
     for attempt in 0.. {
@@ -205,6 +216,20 @@ async fn not_in_time(session: &Session) -> Error {
     let message = format!("the tables could not be locked in time; locks are held by {}", holders(session).await);
     Error::new(Class::No, "fence_timeout", message)
         .hint("end these transactions or wait for them, or raise the timeout; writes on the source go on")
+}
+
+/// What the server itself holds the fence's session to, should we vanish without a word: a frozen machine, a cut line.
+async fn limit(session: &Session, deadline: Instant) -> Result<()> {
+    let millis = (deadline.saturating_duration_since(Instant::now()) + AFTER_DEADLINE).as_millis();
+    session
+        .batch_execute(&format!(
+            "SET idle_in_transaction_session_timeout = {millis};
+             SELECT pg_catalog.set_config(name, '{millis}', false) FROM pg_catalog.pg_settings
+                 WHERE name = 'transaction_timeout';
+             SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3"
+        ))
+        .await
+        .doing(|| "limiting the fence")
 }
 
 /// `$1`: nothing. Locks that keep the fence open, with those who hold them.
@@ -267,13 +292,36 @@ pub(super) async fn is_sealed(source: &Server, move_name: &str) -> Result<bool> 
     Ok(row.try_get(0)?)
 }
 
-/// Lets writes on the source happen again. Does nothing if the fence never stood.
+/// Lets writes on the source happen again. Does nothing if no fence was ever prepared.
+///
+/// The function is replaced whatever it says now: a seal whose COMMIT is still on its way holds its row, so this waits
+/// for it, fails ("tuple concurrently updated"), and is tried again on what it left.
 pub(super) async fn lift(source: &Server, move_name: &str) -> Result<()> {
-    if !is_sealed(source, move_name).await? {
-        return Ok(());
-    }
+    let names = Names::of(move_name);
     let session = source.connect("fence").await?;
-    session.batch_execute(&Names::of(move_name).open_function()).await.doing(|| "lifting the fence on the source")
+    for attempt in 1.. {
+        if !exists(&session, &names).await? {
+            return Ok(());
+        }
+        match session.batch_execute(&names.open_function()).await.map_err(Error::from) {
+            Ok(()) => return Ok(()),
+            Err(error) if attempt < 5 && error.sqlstate() == Some("XX000") => {}
+            Err(error) => return Err(error.doing("lifting the fence on the source")),
+        }
+    }
+    Ok(())
+}
+
+async fn exists(session: &Session, names: &Names) -> Result<bool> {
+    let row = session
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+             WHERE n.nspname = 'pgtandem' AND p.proname = $1)",
+            &[&names.function_name],
+        )
+        .await
+        .doing(|| "looking for the fence")?;
+    Ok(row.try_get(0)?)
 }
 
 /// Removes triggers, function and, if nothing else is in it, the schema. Writes are let in again.
@@ -283,16 +331,7 @@ pub(super) async fn lift(source: &Server, move_name: &str) -> Result<()> {
 pub async fn remove(source: &Server, move_name: &str) -> Result<()> {
     let names = Names::of(move_name);
     let session = source.connect("fence").await?;
-    let exists: bool = session
-        .query_one(
-            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-             WHERE n.nspname = 'pgtandem' AND p.proname = $1)",
-            &[&names.function_name],
-        )
-        .await
-        .doing(|| "looking for the fence")?
-        .try_get(0)?;
-    if exists {
+    if exists(&session, &names).await? {
         session
             .batch_execute(&format!(
                 "{}; SET lock_timeout = '10s'; SET client_min_messages = error; DROP FUNCTION {}() CASCADE",

@@ -13,9 +13,14 @@ use tokio::process::Command;
 use crate::config::Config;
 use crate::error::{Class, Error, Result};
 use crate::postgres::ConnInfo;
+use crate::postgres::server::REMOVED_FROM_CHILDREN;
+use crate::telemetry::redact::shown;
 
 /// Lines of its output that are kept for the error.
 const KEPT_LINES: usize = 20;
+
+/// Our own variables that may hold a password.
+const OUR_URLS: [&str; 3] = ["PGTANDEM_SOURCE_URL", "PGTANDEM_TARGET_URL", "PGTANDEM_CUTOVER_PGBOUNCER"];
 
 /// Runs the hook, if there is one.
 pub(super) async fn run(config: &Config, deadline: Instant) -> Result<()> {
@@ -25,7 +30,12 @@ pub(super) async fn run(config: &Config, deadline: Instant) -> Result<()> {
             .doing(format!("running cutover.hook ({program})"))
             .hint("mend the hook and run `pgtandem cutover` again; writes on the source are back on")
     };
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    // It may print its environment; what it prints is logged.
+    for secret in REMOVED_FROM_CHILDREN.iter().chain(&OUR_URLS) {
+        command.env_remove(secret);
+    }
+    let mut child = command
         .args(arguments)
         .envs(environment(config))
         .stdin(Stdio::null())
@@ -56,6 +66,7 @@ async fn log(output: Option<impl AsyncRead + Unpin>, name: &'static str) -> Vec<
     let mut lines = BufReader::new(output).lines();
     let mut kept = Vec::new();
     while let Ok(Some(line)) = lines.next_line().await {
+        let line = shown(&line);
         tracing::info!(output = name, "cutover.hook: {line}");
         if kept.len() == KEPT_LINES {
             kept.remove(0);

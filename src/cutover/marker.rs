@@ -9,13 +9,12 @@ use tokio::sync::watch;
 
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::{Durable, Marker, MarkerWatch};
-use crate::postgres::Server;
+use crate::postgres::Session;
 
 /// Commits a marker on the source; returns its id.
-pub(super) async fn emit(source: &Server, expected: &MarkerWatch) -> Result<u64> {
+pub(super) async fn emit(session: &mut Session, expected: &MarkerWatch) -> Result<u64> {
     // An id that no earlier run used: a marker of an abandoned cutover may still be on its way.
     let id = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
-    let mut session = source.connect("marker").await?;
     let transaction = session.transaction().await.doing(|| "writing the marker on the source")?;
     let xid: i64 = transaction
         .query_one("SELECT pg_catalog.txid_current() & 4294967295", &[])

@@ -9,6 +9,8 @@
 //! | step | what happens | writes |
 //! |---|---|---|
 //! | `ready` | lag below `cutover.max_lag`, nothing blocks | flow |
+//! | `connect` | every connection that is needed behind the fence | flow |
+//! | `estimate` | whether `cutover.verify` fits into the time | flow |
 //! | `prepare` | triggers for the fence, one table at a time | flow |
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
@@ -16,8 +18,16 @@
 //! | `watch` | no table without a replica identity was updated: [`unkeyed`] | wait |
 //! | `verify` | `cutover.verify` | wait |
 //! | `release` | foreign keys, triggers and rules of the target on | wait |
+//! | `decide` | the journal says `switching` | wait |
 //! | `seal` | the source refuses writes for good | refused |
 //! | `switch` | `cutover.hook` | refused, then on the target |
+//!
+//! # While writers wait
+//!
+//! Nothing may make them wait longer than the timeout says: not a target that hangs, not a lock on it, not the journal.
+//! So every connection is made before the fence closes; the journal is written by a task of its own; what runs on the
+//! target has its own limits there; and when a step fails, the fence opens before anything else is done.
+//! If all of us vanish without a word, the server ends the fence's session a little after the timeout.
 //!
 //! # A death at any point
 //!
@@ -26,32 +36,39 @@
 //! - The journal says `switching` before the seal is tried. If the seal did not take hold, the next start sees an open
 //!   fence: nobody was let in, and it undoes as above. If it did, nobody can have written to the source since, and the hook
 //!   may have run: it finishes the switch, and runs the hook again.
-//! - A hook that fails means that nobody was let in. The journal goes back to `preparing` before the fence lifts.
+//! - A seal or a hook that fails means that nobody was let in. The fence is lifted first, whatever state the target is in;
+//!   a death after that is again an open fence.
+//! - Once the hook has said that the application was let in, nothing is undone any more. What is left to write down is
+//!   written down, by the next start if need be.
 
 pub mod fence;
 mod hook;
 mod marker;
 mod sequences;
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, CutoverVerify, Fence as FenceKind};
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::{Durable, MarkerWatch, unkeyed};
-use crate::postgres::{QualifiedName, Server, catalog};
-use crate::schema::ForeignKeys;
+use crate::postgres::{QualifiedName, Server, Session, catalog, quote_identifier};
 use crate::state::{CutoverState, StepRecord, Store};
 use crate::telemetry::Telemetry;
-use crate::verify::{self, Depth};
+use crate::verify::{Comparison, Depth};
+use sequences::Sequences;
 
+/// How long the release waits for a lock on the target while writers wait on the source.
+const RELEASE_LOCKS: Duration = Duration::from_millis(1500);
+/// How long the last words of the journal may take.
+const JOURNAL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long undoing is tried before the error is handed up.
 const UNDO_PATIENCE: Duration = Duration::from_secs(30);
-/// A step that waits for something gives up so much before the deadline, to say itself what it waited for.
-const OWN_WORDS: Duration = Duration::from_millis(300);
 
 /// Everything a cutover needs. Following goes on beside it.
 pub struct Cutover<'a> {
@@ -63,15 +80,15 @@ pub struct Cutover<'a> {
     pub target: &'a Server,
     /// The state of the move.
     pub store: &'a Store,
+    /// Of the daemon that runs.
+    pub epoch: i64,
     /// What the target holds, from following.
     pub durable: watch::Receiver<Durable>,
     /// Where following looks for the marker.
     pub marker: &'a MarkerWatch,
     /// Takes reports, and tells whether the move is ready.
     pub telemetry: &'a Telemetry,
-    /// Foreign keys that could not be restored before, because they would fire while following.
-    pub foreign_keys: Option<&'a ForeignKeys>,
-    /// Gives the cutover up, as long as it is not decided.
+    /// Gives the cutover up, as long as it is not decided: the daemon stops, or following ended.
     pub cancel: CancellationToken,
 }
 
@@ -86,20 +103,25 @@ impl Cutover<'_> {
     /// Switches over within `timeout`, counted from here.
     ///
     /// # Errors
-    /// Class no: it did not happen, writes on the source are on and following goes on. Any other class: it could not
-    /// even be undone yet; [`recover`] must be called until it succeeds.
+    /// Class no: it did not happen, writes on the source are on and following goes on. Any other class: what it left must
+    /// be undone or finished by [`recover`], which is to be called until it succeeds.
     pub async fn run(&self, request: Option<i64>, timeout: Duration) -> Result<Switched> {
         let deadline = Instant::now() + timeout;
         let id = self.store.begin_cutover(request).await?;
         self.telemetry.cutover(None);
-        let cancel = self.cancel.clone();
-        let mut journal = Journal { store: self.store, telemetry: self.telemetry, id, ordinal: 0, cancel };
-        match self.steps(&mut journal, deadline, timeout).await {
+        let (mut journal, writer) = Journal::begin(self, id);
+        let outcome = self.steps(&mut journal, deadline).await;
+        drop(journal);
+        if tokio::time::timeout(JOURNAL_PATIENCE, writer).await.is_err() {
+            tracing::warn!("the journal of the cutover could not be written to its end");
+        }
+        match outcome {
             Ok(switched) => {
                 let seconds = switched.write_pause.as_secs_f64();
-                self.store.set_cutover(id, CutoverState::Done, Some(seconds), None).await?;
                 self.telemetry.write_pause(switched.write_pause);
                 self.telemetry.cutover(Some(CutoverState::Done.as_str()));
+                // If this fails the next walk finishes it: the journal says `switching`, and the fence is sealed.
+                self.store.set_cutover(id, CutoverState::Done, Some(seconds), None).await?;
                 Ok(switched)
             }
             Err(error) => {
@@ -110,60 +132,60 @@ impl Cutover<'_> {
         }
     }
 
-    async fn steps(&self, journal: &mut Journal<'_>, deadline: Instant, timeout: Duration) -> Result<Switched> {
+    async fn steps(&self, journal: &mut Journal, deadline: Instant) -> Result<Switched> {
         let name = self.config.name.as_str();
         let names = fence::Names::of(name);
         journal.step("ready", deadline, self.ready(deadline)).await?;
-        let moved = self.moved().await?;
-        let tables = fence::tables(self.source, &moved).await?;
-        let locking = self.config.cutover.fence == FenceKind::Lock;
-        let closed = if locking {
-            let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
-            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, patience)).await?;
-            Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
+        let ahead = journal.step("connect", deadline, self.connect_ahead()).await?;
+        if let Some(comparison) = &ahead.comparison {
+            journal.step("estimate", deadline, self.estimate(comparison, deadline)).await?;
+        }
+        let closed = if self.config.cutover.fence == FenceKind::Lock {
+            let tables = fence::tables(self.source, &ahead.moved).await?;
+            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, deadline)).await?;
+            Some(journal.step("fence", deadline, fence::close(self.source, &tables, deadline)).await?)
         } else {
-            journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes").await?;
+            journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes");
             None
         };
         let began = closed.as_ref().map_or_else(Instant::now, |fence| fence.closed_at);
-        let fenced = self.behind_the_fence(journal, deadline).await;
+        let fenced = self.behind_the_fence(journal, ahead, deadline).await;
         if let Err(error) = fenced {
             if let Some(closed) = closed {
                 closed.open().await;
             }
             return Err(error);
         }
-        // The decision. From here on `recover` asks the fence itself what became of it.
-        self.store.set_cutover(journal.id, CutoverState::Switching, None, None).await?;
-        journal.cancel = CancellationToken::new();
         match closed {
-            Some(closed) => journal.step("seal", deadline, self.seal(closed, &names)).await?,
-            None => journal.skip("seal", "cutover.fence = \"none\"").await?,
+            Some(closed) => journal.step("seal", deadline, closed.seal(&names, name)).await?,
+            None => journal.skip("seal", "cutover.fence = \"none\""),
         }
         if self.config.cutover.hook.is_empty() {
-            journal.skip("switch", "no cutover.hook: point the application to the target now").await?;
+            journal.skip("switch", "no cutover.hook: point the application to the target now");
         } else {
             journal.step("switch", deadline, hook::run(self.config, deadline)).await?;
         }
-        tracing::info!(timeout = ?timeout, "the target takes writes");
+        tracing::info!("the target takes writes");
         Ok(Switched { write_pause: began.elapsed() })
     }
 
     /// What happens while writers wait.
-    async fn behind_the_fence(&self, journal: &mut Journal<'_>, deadline: Instant) -> Result<()> {
-        journal.step("drain", deadline, self.drain(deadline)).await?;
-        let everything = self.config.scope.include.is_empty() && self.config.scope.exclude.is_empty();
-        journal.step("sequences", deadline, sequences::carry(self.source, self.target, everything)).await?;
+    async fn behind_the_fence(&self, journal: &mut Journal, mut ahead: Ahead, deadline: Instant) -> Result<()> {
+        journal.step("drain", deadline, self.drain(&mut ahead.marker, deadline)).await?;
+        journal.step("sequences", deadline, ahead.sequences.carry()).await?;
         journal.step("watch", deadline, unkeyed::check(self.source, self.store)).await?;
-        match self.config.cutover.verify {
-            CutoverVerify::Off => journal.skip("verify", "cutover.verify = \"off\"").await?,
-            CutoverVerify::Counts => journal.step("verify", deadline, self.verify(Depth::Counts)).await?,
-            CutoverVerify::Full => journal.step("verify", deadline, self.verify(Depth::Full)).await?,
+        match ahead.comparison {
+            Some(comparison) => journal.step("verify", deadline, self.verify(comparison)).await?,
+            None => journal.skip("verify", "cutover.verify = \"off\""),
         }
-        journal.step("release", deadline, self.release()).await?;
+        journal.step("release", deadline, ahead.release.release_held_back_within(RELEASE_LOCKS, deadline)).await?;
         if self.config.cutover.reverse {
-            journal.skip("reverse", "this version arms no way back").await?;
+            journal.skip("reverse", "this version arms no way back");
         }
+        // From here on `recover` asks the fence itself what became of the decision.
+        let id = journal.id;
+        journal.step("decide", deadline, ahead.release.decide_cutover(id, self.epoch)).await?;
+        journal.cancel = CancellationToken::new();
         Ok(())
     }
 
@@ -174,71 +196,124 @@ impl Cutover<'_> {
     pub async fn rehearse(&self, timeout: Duration) -> Result<Duration> {
         let deadline = Instant::now() + timeout;
         self.ready(deadline).await?;
+        let mut session = self.source.connect("marker").await?;
         let began = Instant::now();
-        self.drain(deadline).await?;
+        self.drain(&mut session, deadline).await?;
         Ok(began.elapsed())
     }
 
     async fn ready(&self, deadline: Instant) -> Result<()> {
+        if self.config.cutover.fence == FenceKind::Lock {
+            self.no_apply_workers().await?;
+        }
         loop {
-            let Err(reason) = self.telemetry.readiness() else { return Ok(()) };
-            if Instant::now() + OWN_WORDS >= deadline {
-                let message = format!("the move did not become ready for the cutover in time: {reason}");
-                return Err(Error::new(Class::No, "not_ready", message)
-                    .hint("`pgtandem status` says what blocks it, and how large the lag is"));
+            if self.telemetry.ready() {
+                return Ok(());
+            }
+            if Instant::now() + Duration::from_millis(200) >= deadline {
+                return Err(Error::new(
+                    Class::No,
+                    "not_ready",
+                    "the move did not become ready for the cutover in time",
+                )
+                .hint("`pgtandem status` says what blocks it, and how large the lag is"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 
-    async fn moved(&self) -> Result<Vec<QualifiedName>> {
-        Ok(self.store.tables().await?.into_iter().map(|table| table.name).collect())
+    /// The worker of a subscription writes without firing statement triggers: the seal would not hold it.
+    async fn no_apply_workers(&self) -> Result<()> {
+        let session = self.source.connect("fence").await?;
+        let rows = session
+            .query(
+                "SELECT subname::text FROM pg_catalog.pg_subscription WHERE subenabled AND subdbid =
+                     (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
+                &[],
+            )
+            .await
+            .doing(|| "looking for subscriptions of the source")?;
+        let Some(row) = rows.first() else { return Ok(()) };
+        let name: String = row.try_get(0)?;
+        Err(Error::new(Class::No, "source_is_subscriber", format!("the subscription {name} writes into the source"))
+            .hint(format!("ALTER SUBSCRIPTION {} DISABLE, then cut over", quote_identifier(&name))))
     }
 
-    async fn drain(&self, deadline: Instant) -> Result<()> {
-        let id = marker::emit(self.source, self.marker).await?;
-        let durable = marker::arrival(self.durable.clone(), id, deadline).await?;
-        tracing::info!(progress = %durable.lsn, "the target holds everything up to the marker");
-        Ok(())
+    /// Everything that can be had before writers wait.
+    async fn connect_ahead(&self) -> Result<Ahead> {
+        let moved: Vec<QualifiedName> = self.store.tables().await?.into_iter().map(|table| table.name).collect();
+        let comparison = match self.config.cutover.verify {
+            CutoverVerify::Off => None,
+            CutoverVerify::Counts => Some(self.comparison(&moved, Depth::Counts).await?),
+            CutoverVerify::Full => Some(self.comparison(&moved, Depth::Full).await?),
+        };
+        let release = Store::new(self.target.clone(), self.config.name.clone());
+        release.exists().await?;
+        Ok(Ahead {
+            marker: self.source.connect("marker").await?,
+            sequences: Sequences::prepare(self.source, self.target, &self.config.scope).await?,
+            comparison,
+            release,
+            moved,
+        })
     }
 
-    async fn verify(&self, depth: Depth) -> Result<()> {
-        let moved: std::collections::HashSet<QualifiedName> = self.moved().await?.into_iter().collect();
+    async fn comparison(&self, moved: &[QualifiedName], depth: Depth) -> Result<Comparison> {
+        let moved: HashSet<&QualifiedName> = moved.iter().collect();
         let session = self.source.connect("verify").await?;
-        let tables: Vec<_> = catalog::tables(&*session)
+        let tables = catalog::tables(&*session)
             .await?
             .into_iter()
             .filter(|table| moved.contains(&table.name))
             .map(|table| (table.name, table.columns.into_iter().map(|column| column.name).collect()))
             .collect();
-        let differences = verify::compare(self.source, self.target, &tables, depth, self.config.copy.workers).await?;
-        let Some(first) = differences.first() else { return Ok(()) };
+        Comparison::prepare(self.source, self.target, tables, depth, self.config.copy.workers).await
+    }
+
+    async fn drain(&self, session: &mut Session, deadline: Instant) -> Result<()> {
+        let id = marker::emit(session, self.marker).await?;
+        let durable = marker::arrival(self.durable.clone(), id, deadline).await?;
+        tracing::info!(progress = %durable.lsn, "the target holds everything up to the marker");
+        Ok(())
+    }
+
+    /// Reads the source once as the comparison will: one that cannot be done in a third of the time that is left is
+    /// refused before anybody waits for it.
+    async fn estimate(&self, comparison: &Comparison, deadline: Instant) -> Result<()> {
+        let budget = deadline.saturating_duration_since(Instant::now()) / 3;
+        match tokio::time::timeout(budget, comparison.rehearse()).await {
+            Ok(done) => done,
+            Err(_) => Err(Error::new(
+                Class::No,
+                "verify_too_slow",
+                format!("cutover.verify = {:?} needs more than {budget:?} on the source alone", comparison.depth()),
+            )
+            .hint("raise cutover.timeout, or set cutover.verify = \"off\"")),
+        }
+    }
+
+    async fn verify(&self, comparison: Comparison) -> Result<()> {
+        let count = comparison.tables().len();
+        let differences = comparison.run().await?;
+        for difference in &differences {
+            self.telemetry.compared(&difference.table, difference.rows());
+        }
+        let Some(first) = differences.first() else {
+            self.telemetry.verified();
+            return Ok(());
+        };
         Err(Error::new(
             Class::No,
             "verify_differs",
             format!(
-                "{} of {} tables differ; {} has {} rows on the source and {} on the target",
+                "{} of {count} tables differ; {} has {} rows on the source and {} on the target",
                 differences.len(),
-                tables.len(),
                 first.table.plain(),
                 first.source.rows,
                 first.target.rows
             ),
         )
         .hint("find out who wrote to the target, or begin the move again"))
-    }
-
-    async fn release(&self) -> Result<()> {
-        if let Some(foreign_keys) = self.foreign_keys {
-            foreign_keys.add_at_cutover(self.target).await?;
-        }
-        self.store.release_held_back().await
-    }
-
-    /// If the answer to the seal is lost, the fence itself tells whether it stands.
-    async fn seal(&self, closed: fence::Fence, names: &fence::Names) -> Result<()> {
-        let Err(error) = closed.seal(names, self.config.name.as_str()).await else { return Ok(()) };
-        if fence::is_sealed(self.source, self.config.name.as_str()).await? { Ok(()) } else { Err(error) }
     }
 
     /// Writes on the source come back, the target's triggers go off.
@@ -261,12 +336,24 @@ impl Cutover<'_> {
     }
 }
 
+/// What is ready before writers wait: connections, names, plans.
+struct Ahead {
+    moved: Vec<QualifiedName>,
+    marker: Session,
+    sequences: Sequences,
+    comparison: Option<Comparison>,
+    /// On a connection of its own: a lock that it waits for must not keep the journal waiting.
+    release: Store,
+}
+
 async fn undo(config: &Config, source: &Server, store: &Store, id: i64, cause: &Error) -> Result<()> {
     let error = error_json(cause);
-    // First the word, then the deed: a death in between must not leave a fence that looks like a decision.
-    store.set_cutover(id, CutoverState::Preparing, None, Some(&error)).await?;
     if config.cutover.fence == FenceKind::Lock {
+        // The deed before the word: an open fence means "undone" whatever the journal says, and the source must not
+        // wait for the target to come back.
         fence::lift(source, config.name.as_str()).await?;
+    } else {
+        store.set_cutover(id, CutoverState::Preparing, None, Some(&error)).await?;
     }
     store.hold_back_again().await?;
     store.set_cutover(id, CutoverState::Aborted, None, Some(&error)).await
@@ -341,24 +428,41 @@ pub fn error_json(error: &Error) -> serde_json::Value {
     })
 }
 
-/// Writes each step down before and after, for the log, the state and the metrics alike.
-struct Journal<'a> {
-    store: &'a Store,
-    telemetry: &'a Telemetry,
+/// Tells each step to the log and the metrics as it happens, and to a task that writes it to the state.
+struct Journal {
+    telemetry: Telemetry,
     id: i64,
     ordinal: i32,
+    writer: mpsc::UnboundedSender<(i32, StepRecord)>,
     /// Ends the step that is under way.
     cancel: CancellationToken,
 }
 
-impl Journal<'_> {
+impl Journal {
+    fn begin(cutover: &Cutover<'_>, id: i64) -> (Self, JoinHandle<()>) {
+        let (writer, mut steps) = mpsc::unbounded_channel::<(i32, StepRecord)>();
+        let store = Store::new(cutover.target.clone(), cutover.config.name.clone());
+        let task = tokio::spawn(async move {
+            while let Some((ordinal, step)) = steps.recv().await {
+                if let Err(error) = store.journal_step(id, ordinal, &step).await {
+                    tracing::warn!(%error, step = step.name, "a step could not be written to the journal");
+                }
+            }
+        });
+        let (telemetry, cancel) = (cutover.telemetry.clone(), cutover.cancel.clone());
+        (Self { telemetry, id, ordinal: 0, writer, cancel }, task)
+    }
+
     async fn step<T>(&mut self, name: &str, deadline: Instant, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.ordinal += 1;
         let began = Instant::now();
-        self.write(name, "running", None, None).await?;
+        self.write(name, "running", None, None);
         let outcome = tokio::select! {
             outcome = work => outcome,
-            () = self.cancel.cancelled() => Err(Error::new(Class::No, "stopped", "the daemon was told to stop")),
+            () = self.cancel.cancelled() => {
+                Err(Error::new(Class::No, "given_up", "the daemon was told to stop, or following ended")
+                    .hint("ask again once `pgtandem status` says that the target follows"))
+            }
             () = tokio::time::sleep_until(deadline.into()) => {
                 Err(Error::new(Class::No, "cutover_timeout", "cutover.timeout ran out")
                     .hint("raise cutover.timeout, or find out what made this step slow"))
@@ -367,28 +471,27 @@ impl Journal<'_> {
         let seconds = Some(began.elapsed().as_secs_f64());
         match outcome {
             Ok(value) => {
-                self.write(name, "done", seconds, None).await?;
+                self.write(name, "done", seconds, None);
                 Ok(value)
             }
             Err(error) => {
                 let error = error.doing(format!("cutover step {name}"));
-                // The step's own error counts more than one of the journal.
-                if let Err(second) = self.write(name, "failed", seconds, Some(error.to_string())).await {
-                    tracing::error!(error = %second, "the journal could not be written");
-                }
+                self.write(name, "failed", seconds, Some(error.to_string()));
                 Err(error)
             }
         }
     }
 
-    async fn skip(&mut self, name: &str, why: &str) -> Result<()> {
+    fn skip(&mut self, name: &str, why: &str) {
         self.ordinal += 1;
-        self.write(name, "skipped", None, Some(why.to_owned())).await
+        self.write(name, "skipped", None, Some(why.to_owned()));
     }
 
-    async fn write(&self, name: &str, state: &str, seconds: Option<f64>, detail: Option<String>) -> Result<()> {
+    fn write(&self, name: &str, state: &str, seconds: Option<f64>, detail: Option<String>) {
         self.telemetry.cutover_step(name, state, seconds);
         let step = StepRecord { name: name.to_owned(), state: state.to_owned(), seconds, detail };
-        self.store.journal_step(self.id, self.ordinal, &step).await
+        if self.writer.send((self.ordinal, step)).is_err() {
+            tracing::debug!("nobody writes the journal any more");
+        }
     }
 }

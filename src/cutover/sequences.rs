@@ -1,39 +1,65 @@
 //! Sequences do not travel in the stream: they are read on the source once writes have stopped, and set on the target.
 
-use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::catalog::{self, Sequence};
-use crate::postgres::{Server, quote_literal};
+use std::collections::HashSet;
 
-/// Carries every sequence over; returns how many. Sequences that only the source has are an error if `all` of them
-/// should be there, and left out otherwise.
-pub(super) async fn carry(source: &Server, target: &Server, all: bool) -> Result<usize> {
-    let (from, to) = tokio::try_join!(source.connect("sequences"), target.connect("sequences"))?;
-    let (wanted, present) = tokio::try_join!(catalog::sequences(&*from), catalog::sequences(&*to))?;
-    let present: std::collections::HashSet<_> = present.into_iter().map(|sequence| sequence.name).collect();
-    let (known, unknown): (Vec<Sequence>, Vec<Sequence>) =
-        wanted.into_iter().partition(|sequence| present.contains(&sequence.name));
-    if all && let Some(missing) = unknown.first() {
-        return Err(Error::new(
-            Class::No,
-            "sequence_missing",
-            format!("the target has no sequence {} ({} are missing)", missing.name.plain(), unknown.len()),
-        )
-        .hint("create it on the target as it is on the source"));
-    }
-    for chunk in known.chunks(500) {
-        let values = chunk
-            .iter()
-            .map(|sequence| {
-                format!(
-                    "SELECT pg_catalog.setval({}::pg_catalog.regclass, {}, {})",
-                    quote_literal(&sequence.name.to_string()),
-                    sequence.last_value,
-                    sequence.is_called
-                )
+use crate::config::Scope;
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::catalog;
+use crate::postgres::{QualifiedName, Server, Session, quote_literal};
+
+/// So many are read or set in one round trip.
+const AT_ONCE: usize = 500;
+
+/// The sequences of the move, and a connection to each side.
+pub(super) struct Sequences {
+    source: Session,
+    target: Session,
+    names: Vec<QualifiedName>,
+}
+
+impl Sequences {
+    /// Finds the sequences in scope: one that belongs to a table moves with it, any other by its own name.
+    pub(super) async fn prepare(source: &Server, target: &Server, scope: &Scope) -> Result<Self> {
+        let (source, target) = tokio::try_join!(source.connect("sequences"), target.connect("sequences"))?;
+        let (wanted, present) = tokio::try_join!(catalog::sequence_names(&*source), catalog::sequence_names(&*target))?;
+        let present: HashSet<QualifiedName> = present.into_iter().map(|sequence| sequence.name).collect();
+        let names: Vec<QualifiedName> = wanted
+            .into_iter()
+            .filter(|sequence| {
+                let decides = sequence.owner.as_ref().unwrap_or(&sequence.name);
+                scope.contains(&decides.schema, &decides.name)
             })
-            .collect::<Vec<_>>()
-            .join(" UNION ALL ");
-        to.batch_execute(&values).await.doing(|| "setting the sequences on the target")?;
+            .map(|sequence| sequence.name)
+            .collect();
+        if let Some(missing) = names.iter().find(|name| !present.contains(name)) {
+            return Err(Error::new(
+                Class::No,
+                "sequence_missing",
+                format!("the target has no sequence {}", missing.plain()),
+            )
+            .hint("create it on the target as it is on the source"));
+        }
+        Ok(Self { source, target, names })
     }
-    Ok(known.len())
+
+    /// Carries their values over.
+    pub(super) async fn carry(self) -> Result<()> {
+        for names in self.names.chunks(AT_ONCE) {
+            let values = catalog::sequence_values(&*self.source, names).await?;
+            let set = values
+                .iter()
+                .map(|sequence| {
+                    format!(
+                        "SELECT pg_catalog.setval({}::pg_catalog.regclass, {}, {})",
+                        quote_literal(&sequence.name.to_string()),
+                        sequence.last_value,
+                        sequence.is_called
+                    )
+                })
+                .collect::<Vec<_>>()
+                .join(" UNION ALL ");
+            self.target.batch_execute(&set).await.doing(|| "setting the sequences on the target")?;
+        }
+        Ok(())
+    }
 }

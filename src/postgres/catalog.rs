@@ -153,42 +153,77 @@ pub struct Sequence {
     pub is_called: bool,
 }
 
-/// All permanent user sequences, with their values.
-///
-/// `pg_sequence_last_value` hides the state before the first call, so each sequence is read itself.
+/// A sequence by name, and the table that it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceName {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// The table of the serial or identity column behind it.
+    pub owner: Option<QualifiedName>,
+}
+
+/// All permanent user sequences.
 ///
 /// # Errors
-/// The connection's, or no SELECT privilege on a sequence.
-pub async fn sequences(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Sequence>> {
-    let names = client
+/// The connection's.
+pub async fn sequence_names(client: &impl tokio_postgres::GenericClient) -> Result<Vec<SequenceName>> {
+    let rows = client
         .query(
             &format!(
-                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c
+                "SELECT n.nspname, c.relname, owner.schema_name, owner.table_name
+                 FROM pg_catalog.pg_class c
                  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                 LEFT JOIN LATERAL (
+                     SELECT tn.nspname AS schema_name, t.relname AS table_name
+                     FROM pg_catalog.pg_depend d
+                     JOIN pg_catalog.pg_class t ON t.oid = d.refobjid
+                     JOIN pg_catalog.pg_namespace tn ON tn.oid = t.relnamespace
+                     WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid
+                       AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype IN ('a', 'i')
+                       AND d.refobjsubid > 0
+                     LIMIT 1) owner ON true
                  WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {IS_USER_TABLE} ORDER BY 1, 2"
             ),
             &[],
         )
         .await
         .doing(|| "listing the sequences")?;
-    let names = names
+    rows.iter()
+        .map(|row| {
+            let owner = match (row.try_get::<_, Option<String>>(2)?, row.try_get::<_, Option<String>>(3)?) {
+                (Some(schema), Some(name)) => Some(QualifiedName { schema, name }),
+                _ => None,
+            };
+            Ok(SequenceName { name: QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }, owner })
+        })
+        .collect()
+}
+
+/// Where these sequences stand, in one round trip.
+///
+/// `pg_sequence_last_value` hides the state before the first call, so each sequence is read itself.
+///
+/// # Errors
+/// The connection's, or no SELECT privilege on a sequence.
+pub async fn sequence_values(
+    client: &impl tokio_postgres::GenericClient,
+    names: &[QualifiedName],
+) -> Result<Vec<Sequence>> {
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    let union = names
         .iter()
-        .map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }))
-        .collect::<Result<Vec<_>>>()?;
-    let mut found = Vec::with_capacity(names.len());
-    // One round trip for a few hundred sequences at a time: this runs inside the write pause.
-    for chunk in names.chunks(500) {
-        let union = chunk
-            .iter()
-            .enumerate()
-            .map(|(at, name)| format!("SELECT {at}::int4 AS at, last_value, is_called FROM {name}"))
-            .collect::<Vec<_>>()
-            .join(" UNION ALL ");
-        for row in client.query(&union, &[]).await.doing(|| "reading the sequences")? {
-            let at = usize::try_from(row.try_get::<_, i32>(0)?).unwrap_or(usize::MAX);
-            if let Some(name) = chunk.get(at) {
-                found.push(Sequence { name: name.clone(), last_value: row.try_get(1)?, is_called: row.try_get(2)? });
-            }
+        .enumerate()
+        .map(|(at, name)| format!("SELECT {at}::int4 AS at, last_value, is_called FROM {name}"))
+        .collect::<Vec<_>>()
+        .join(" UNION ALL ");
+    let rows = client.query(&union, &[]).await.doing(|| "reading the sequences")?;
+    let mut found = Vec::with_capacity(rows.len());
+    for row in rows {
+        let at = usize::try_from(row.try_get::<_, i32>(0)?).unwrap_or(usize::MAX);
+        if let Some(name) = names.get(at) {
+            found.push(Sequence { name: name.clone(), last_value: row.try_get(1)?, is_called: row.try_get(2)? });
         }
     }
     Ok(found)

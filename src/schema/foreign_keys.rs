@@ -8,7 +8,8 @@
 use std::collections::HashSet;
 
 use crate::error::{Doing, Result};
-use crate::postgres::{QualifiedName, Server, Session, quote_identifier};
+use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_literal};
+use crate::state::HeldBack;
 
 /// The foreign keys of a source.
 #[derive(Clone, Debug, Default)]
@@ -71,19 +72,13 @@ impl ForeignKeys {
         self.0.is_empty()
     }
 
-    /// Adds those that the target does not have, all or none, quickly. For the write pause.
+    /// As objects that are held back until the cutover: adding is quick, and undone if the cutover is given up.
     ///
     /// # Errors
-    /// The target's refusal.
-    pub async fn add_at_cutover(&self, target: &Server) -> Result<()> {
-        let mut session = target.connect("foreign keys").await?;
-        let present = present(&session).await?;
-        let version = server_version(&session).await?;
-        let transaction = session.transaction().await?;
-        let statements: Vec<String> =
-            self.0.iter().filter(|key| !present.contains_key(&key.id())).flat_map(|key| key.add(version)).collect();
-        transaction.batch_execute(&statements.join(";\n")).await.doing(|| "adding the foreign keys")?;
-        transaction.commit().await.doing(|| "adding the foreign keys")
+    /// The connection's.
+    pub async fn held_back(&self, target: &Session) -> Result<Vec<HeldBack>> {
+        let version = server_version(target).await?;
+        Ok(self.0.iter().map(|key| key.held_back(version)).collect())
     }
 
     /// Checks the old rows of those that were added unchecked, one after the other; can be repeated.
@@ -113,17 +108,24 @@ impl ForeignKey {
         (self.table.schema.clone(), self.table.name.clone(), self.name.clone())
     }
 
-    fn add(&self, server_version: i32) -> Vec<String> {
+    fn held_back(&self, server_version: i32) -> HeldBack {
         let name = quote_identifier(&self.name);
         let needs_check = self.partitioned && server_version < 180_000;
         let already = ["NOT VALID", "NOT ENFORCED"].iter().any(|end| self.definition.ends_with(end));
         let suffix = if needs_check || already { "" } else { " NOT VALID" };
         let only = if self.partitioned { "" } else { "ONLY " };
+        let drop = format!("ALTER TABLE {} DROP CONSTRAINT IF EXISTS {name}", self.table);
         let add = format!("ALTER TABLE {only}{} ADD CONSTRAINT {name} {}{suffix}", self.table, self.definition);
-        let comment = self.comment.as_ref().map(|comment| {
-            format!("COMMENT ON CONSTRAINT {name} ON {} IS {}", self.table, crate::postgres::quote_literal(comment))
-        });
-        std::iter::once(add).chain(comment).collect()
+        let comment = self
+            .comment
+            .as_ref()
+            .map(|comment| format!("; COMMENT ON CONSTRAINT {name} ON {} IS {}", self.table, quote_literal(comment)));
+        HeldBack {
+            what: format!("foreign key {} of {}", self.name, self.table.plain()),
+            // Dropped first, so that it can be repeated.
+            enable: format!("{drop}; {add}{}", comment.unwrap_or_default()),
+            disable: drop,
+        }
     }
 }
 

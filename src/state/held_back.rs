@@ -1,5 +1,7 @@
 //! What was disabled on the target until the cutover, with the statements that bring it back exactly as it was.
 
+use std::time::{Duration, Instant};
+
 use super::Store;
 use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
@@ -46,6 +48,21 @@ impl Store {
     /// The connection's; the target's refusal, after which nothing is changed.
     pub async fn release_held_back(&self) -> Result<()> {
         self.execute(&self.each_held_back("enable", "DESC")).await.doing(|| "enabling triggers and rules")
+    }
+
+    /// The same inside the write pause: gives up on a lock after `lock`, and on the whole at `deadline`.
+    ///
+    /// # Errors
+    /// As [`Store::release_held_back`]; class retry when a lock was not to be had.
+    pub async fn release_held_back_within(&self, lock: Duration, deadline: Instant) -> Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis().max(1);
+        self.execute(&format!(
+            "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {left}; {}; COMMIT",
+            lock.as_millis().max(1),
+            self.each_held_back("enable", "DESC")
+        ))
+        .await
+        .doing(|| "enabling triggers and rules on the target")
     }
 
     /// Undoes [`Store::release_held_back`], for a cutover that was given up. Can be repeated.

@@ -1,7 +1,7 @@
 //! The journal of cutovers: which step was reached, so that a start after a death knows what to undo or finish.
 
 use super::{Store, json, unknown_word};
-use crate::error::{Doing, Result};
+use crate::error::{Class, Doing, Error, Result};
 
 /// How far a cutover is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +120,27 @@ impl Store {
             .await
             .doing(|| format!("journaling the cutover as {}", state.as_str()))?;
         Ok(())
+    }
+
+    /// The decision: from `preparing` to `switching`, if this daemon still holds the move. Durable when it returns.
+    ///
+    /// # Errors
+    /// Class retry: another daemon took the move. The connection's.
+    pub async fn decide_cutover(&self, cutover: i64, epoch: i64) -> Result<()> {
+        let session = self.session().await?;
+        let decided = session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.cutover SET state = 'switching' WHERE id = $1 AND state = 'preparing'
+                 AND EXISTS (SELECT FROM pgtandem.progress WHERE move = $2 AND epoch = $3)",
+                &[&cutover, &self.name.as_str(), &epoch],
+            )
+            .await
+            .doing(|| "journaling the decision")?;
+        if decided == 1 {
+            return Ok(());
+        }
+        Err(Error::new(Class::Retry, "leadership_lost", "another daemon took this move during the cutover"))
     }
 
     /// Closes a cutover that another daemon began, as done; returns the write pause. That daemon took the time with it, so

@@ -529,6 +529,12 @@ impl Walk<'_> {
         let restorer = self.restorer(kit);
         if kit.replica_role {
             restorer.foreign_keys(s.config.copy.index_workers).await?;
+        } else {
+            let known = s.store.held_back().await?;
+            let session = s.target.connect("schema").await?;
+            let mut keys = kit.archive.foreign_keys().held_back(&session).await?;
+            keys.retain(|key| !known.contains(&key.what));
+            s.store.hold_back(&keys).await?;
         }
         restorer.refresh_materialized_views().await?;
         s.store.record_constraints_done().await?;
@@ -580,12 +586,7 @@ impl Walk<'_> {
         let session = s.target.connect("control").await?;
         let replica_role = schema::can_set_replica_role(&session).await?;
         drop(session);
-        if !replica_role {
-            // Their definitions are needed behind the fence, where there is no time for a dump.
-            self.kit().await?;
-        }
-        let foreign_keys = self.kit.as_ref().filter(|_| !replica_role).map(|kit| kit.archive.foreign_keys());
-        let steering = Steering::new(s, foreign_keys);
+        let steering = Steering::new(s, self.epoch);
         let publications = self.publications();
         let follow = self.follower(replica_role, &publications);
         let stop = s.stop.child_token();

@@ -11,13 +11,16 @@ use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::unkeyed;
 use crate::postgres::Session;
-use crate::schema::ForeignKeys;
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often tables without a replica identity are looked at.
 const WATCH_EVERY: Duration = Duration::from_secs(5);
+
+/// Between two attempts of `--cutover-when-ready`; each failed one has kept writers waiting, so the pause grows.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 /// What steering came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,16 +36,16 @@ pub(super) enum Decision {
 /// See the module's first line.
 pub(super) struct Steering<'a> {
     supervisor: &'a Supervisor<'a>,
-    foreign_keys: Option<&'a ForeignKeys>,
-    /// A cutover is under way: the end of following does not interrupt it.
+    epoch: i64,
+    /// A cutover is under way: the end of following does not break it off from outside.
     busy: Cell<bool>,
-    /// Following ended meanwhile.
-    alone: Cell<bool>,
+    /// Following ended meanwhile, or the daemon stops: a cutover that is not decided yet gives up.
+    alone: CancellationToken,
 }
 
 impl<'a> Steering<'a> {
-    pub(super) fn new(supervisor: &'a Supervisor<'a>, foreign_keys: Option<&'a ForeignKeys>) -> Self {
-        Self { supervisor, foreign_keys, busy: Cell::new(false), alone: Cell::new(false) }
+    pub(super) fn new(supervisor: &'a Supervisor<'a>, epoch: i64) -> Self {
+        Self { supervisor, epoch, busy: Cell::new(false), alone: supervisor.stop.child_token() }
     }
 
     /// Runs beside following, and ends both.
@@ -63,7 +66,7 @@ impl<'a> Steering<'a> {
                     if !self.busy.get() {
                         return end.map(|()| Decision::Stopped);
                     }
-                    self.alone.set(true);
+                    self.alone.cancel();
                     ended = Some(end);
                 }
                 decision = &mut steering => {
@@ -87,8 +90,9 @@ impl<'a> Steering<'a> {
         let mut listener: Option<Session> = None;
         unkeyed::check(&s.source, &s.store).await?;
         let mut watched = Instant::now();
+        let (mut next_attempt, mut pause) = (Instant::now(), FIRST_PAUSE);
         loop {
-            if s.stop.is_cancelled() || self.alone.get() {
+            if s.stop.is_cancelled() || self.alone.is_cancelled() {
                 return Ok(Decision::Stopped);
             }
             if watched.elapsed() >= WATCH_EVERY {
@@ -99,9 +103,20 @@ impl<'a> Steering<'a> {
                 tracing::info!("the lag reached zero");
                 return Ok(Decision::Reached);
             }
-            if s.options.cutover_when_ready && s.telemetry.ready() {
-                self.cut_over(None, s.config.cutover.timeout).await?;
-                return Ok(Decision::Switched);
+            if s.options.cutover_when_ready && Instant::now() >= next_attempt && s.telemetry.ready() {
+                match self.cut_over(None, s.config.cutover.timeout).await {
+                    Ok(_) => return Ok(Decision::Switched),
+                    Err(error) if error.class() == Class::No => {
+                        tracing::warn!(
+                            code = error.code(),
+                            "{error}; following goes on, the next attempt in {pause:?}"
+                        );
+                        next_attempt = Instant::now() + pause;
+                        pause = (pause * 2).min(LONGEST_PAUSE);
+                    }
+                    Err(error) => return Err(error),
+                }
+                continue;
             }
             if listener.as_ref().is_none_or(|session| session.is_closed()) {
                 listener = Some(s.store.listen().await?);
@@ -110,7 +125,7 @@ impl<'a> Steering<'a> {
                 if self.serve(&request).await? {
                     return Ok(Decision::Switched);
                 }
-                if self.alone.get() {
+                if self.alone.is_cancelled() {
                     return Ok(Decision::Stopped);
                 }
             }
@@ -179,8 +194,8 @@ impl<'a> Steering<'a> {
             durable: s.durable.subscribe(),
             marker: &s.marker,
             telemetry: &s.telemetry,
-            foreign_keys: self.foreign_keys,
-            cancel: s.stop.clone(),
+            epoch: self.epoch,
+            cancel: self.alone.clone(),
         }
     }
 
@@ -188,6 +203,7 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         self.busy.set(true);
         s.store.set_phase(Phase::Cutover).await?;
+        s.telemetry.phase(Phase::Cutover);
         let switched = self.cutover().run(request, timeout).await;
         self.busy.set(false);
         match switched {

@@ -7,6 +7,7 @@
 use std::num::NonZeroUsize;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::sync::Mutex;
 
 use crate::error::{Doing, Error, Result};
 use crate::postgres::{QualifiedName, Server, Session, quote_identifier};
@@ -71,38 +72,87 @@ pub async fn summarize(session: &Session, table: &QualifiedName, columns: &[Stri
     Ok(Summary { rows: u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(0), digest: row.try_get(1)? })
 }
 
-/// Compares tables that stand still on both sides; `workers` at a time. `tables` is name and columns.
-///
-/// # Errors
-/// The connections', or no privilege.
-pub async fn compare(
-    source: &Server,
-    target: &Server,
-    tables: &[(QualifiedName, Vec<String>)],
+/// A comparison that is ready to run: its connections are open.
+pub struct Comparison {
+    tables: Vec<(QualifiedName, Vec<String>)>,
     depth: Depth,
-    workers: NonZeroUsize,
-) -> Result<Vec<Difference>> {
-    let workers = workers.get().min(tables.len());
-    let mut pairs = Vec::with_capacity(workers);
-    for _ in 0..workers {
-        pairs.push(tokio::try_join!(source.connect("verify"), target.connect("verify"))?);
+    pool: Mutex<Vec<(Session, Session)>>,
+    at_once: usize,
+}
+
+impl Comparison {
+    /// Opens up to `workers` connections to each side. `tables` is name and columns.
+    ///
+    /// # Errors
+    /// The connections'.
+    pub async fn prepare(
+        source: &Server,
+        target: &Server,
+        tables: Vec<(QualifiedName, Vec<String>)>,
+        depth: Depth,
+        workers: NonZeroUsize,
+    ) -> Result<Self> {
+        let mut pool = Vec::new();
+        for _ in 0..workers.get().min(tables.len()) {
+            pool.push(tokio::try_join!(source.connect("verify"), target.connect("verify"))?);
+        }
+        let at_once = pool.len().max(1);
+        Ok(Self { tables, depth, pool: Mutex::new(pool), at_once })
     }
-    let pool = tokio::sync::Mutex::new(pairs);
-    let found: Vec<Option<Difference>> = stream::iter(tables)
-        .map(|(table, columns)| {
-            let pool = &pool;
-            async move {
-                let pair = pool.lock().await.pop();
-                let (from, to) = pair.ok_or_else(|| Error::bug("more comparisons than connections"))?;
-                let (source, target) =
-                    tokio::try_join!(summarize(&from, table, columns, depth), summarize(&to, table, columns, depth))?;
-                pool.lock().await.push((from, to));
-                let table = table.clone();
-                Ok::<_, Error>((source != target).then_some(Difference { table, source, target }))
-            }
-        })
-        .buffer_unordered(workers.max(1))
-        .try_collect()
-        .await?;
-    Ok(found.into_iter().flatten().collect())
+
+    /// What will be compared.
+    #[must_use]
+    pub fn tables(&self) -> &[(QualifiedName, Vec<String>)] {
+        &self.tables
+    }
+
+    /// How thoroughly.
+    #[must_use]
+    pub fn depth(&self) -> Depth {
+        self.depth
+    }
+
+    /// Reads the source's tables as [`Comparison::run`] will.
+    ///
+    /// # Errors
+    /// The connections', or no privilege.
+    pub async fn rehearse(&self) -> Result<()> {
+        stream::iter(&self.tables)
+            .map(|(table, columns)| async move {
+                let (from, to) = self.take().await?;
+                let read = summarize(&from, table, columns, self.depth).await;
+                self.pool.lock().await.push((from, to));
+                read.map(drop)
+            })
+            .buffer_unordered(self.at_once)
+            .try_collect()
+            .await
+    }
+
+    /// Compares tables that stand still on both sides, and returns those that differ.
+    ///
+    /// # Errors
+    /// The connections', or no privilege.
+    pub async fn run(self) -> Result<Vec<Difference>> {
+        let found: Vec<Option<Difference>> = stream::iter(&self.tables)
+            .map(|(table, columns)| self.compare(table, columns))
+            .buffer_unordered(self.at_once)
+            .try_collect()
+            .await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    async fn compare(&self, table: &QualifiedName, columns: &[String]) -> Result<Option<Difference>> {
+        let (from, to) = self.take().await?;
+        let (source, target) =
+            tokio::try_join!(summarize(&from, table, columns, self.depth), summarize(&to, table, columns, self.depth))?;
+        self.pool.lock().await.push((from, to));
+        let table = table.clone();
+        Ok((source != target).then_some(Difference { table, source, target }))
+    }
+
+    async fn take(&self) -> Result<(Session, Session)> {
+        let pair = self.pool.lock().await.pop();
+        pair.ok_or_else(|| Error::bug("more comparisons than connections"))
+    }
 }
