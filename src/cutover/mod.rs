@@ -163,7 +163,8 @@ impl Cutover<'_> {
         if self.config.cutover.hook.is_empty() {
             journal.skip("switch", "no cutover.hook: point the application to the target now");
         } else {
-            journal.step("switch", deadline, hook::run(self.config, deadline)).await?;
+            let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
+            journal.step("switch", deadline, hook::run(self.config, patience)).await?;
         }
         tracing::info!("the target takes writes");
         Ok(Switched { write_pause: began.elapsed() })

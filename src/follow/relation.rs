@@ -25,7 +25,6 @@ pub(super) struct TargetTable {
 pub(super) struct TargetColumn {
     pub name: String,
     pub type_oid: u32,
-    /// Of a domain the type below it, since that is what the stream names a domain's type.
     pub type_name: QualifiedName,
     /// What is below a domain, and below the domain that that may be of; else the type itself. The stream names this.
     pub base_type: QualifiedName,
@@ -46,12 +45,7 @@ const TARGET_TABLE: &str = r"
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    LEFT JOIN LATERAL (
-        WITH RECURSIVE chain AS (
-            SELECT y.* FROM pg_catalog.pg_type y WHERE y.oid = a.atttypid
-            UNION ALL
-            SELECT y.* FROM chain JOIN pg_catalog.pg_type y ON y.oid = chain.typbasetype WHERE chain.typtype = 'd')
-        SELECT typname, typnamespace FROM chain WHERE typtype <> 'd') t ON true
+    LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
     LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
     LEFT JOIN LATERAL (
         WITH RECURSIVE below AS (

@@ -82,7 +82,9 @@ impl Stage {
     #[must_use]
     pub fn configured(mut self, more: &str) -> Self {
         let hook = self.folder.join("hook");
-        self.program = self.program.config(&format!("[cutover]\nhook = [\"sh\", \"{}\"]\n{more}", hook.display()));
+        // Clients at full speed on a machine that is busy otherwise keep the target more than a second behind.
+        let text = format!("[cutover]\nmax_lag = \"5s\"\nhook = [\"sh\", \"{}\"]\n{more}", hook.display());
+        self.program = self.program.config(&text);
         self
     }
 
