@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_key_is_added_unchecked_where_the_server_can() {
         let plain = "FOREIGN KEY (a) REFERENCES s.u(a)";
-        let sql = |definition, partitioned, version| key(definition, partitioned).add(version).remove(0);
+        let sql = |definition, partitioned, version| key(definition, partitioned).held_back(version).enable;
         assert!(sql(plain, false, 150_000).ends_with("s.u(a) NOT VALID"));
         assert!(sql(plain, true, 170_000).ends_with("s.u(a)"));
         assert!(sql(plain, true, 180_000).ends_with("NOT VALID"));
