@@ -202,7 +202,12 @@ async fn a_change_of_the_schema_stops_the_move_until_it_is_made_on_the_target() 
         done.run(&["status", "--json"]).await.stdout.contains("\"ready\":true")
     })
     .await;
-    sides.from.execute("insert into arrives (w) values (1); insert into parted values (2), (151); delete from widened where id = 2").await;
+    sides
+        .from
+        .execute(
+            "insert into arrives (w) values (1); insert into parted values (2), (151); delete from parted where id = 1",
+        )
+        .await;
     cut_over(&pgtandem, daemon).await;
     sides.same().await;
 }
