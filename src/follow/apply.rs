@@ -47,6 +47,8 @@ pub(super) struct Applier {
     pub durable: watch::Sender<Durable>,
     pub marker: MarkerWatch,
     pub telemetry: Telemetry,
+    /// The commit of the newest transaction that was begun.
+    pub reached: watch::Sender<Lsn>,
     pub relations: HashMap<u32, (Relation, Arc<Plan>)>,
     pub types: HashMap<u32, QualifiedName>,
     pub generations: u64,
@@ -119,6 +121,7 @@ impl Applier {
         match message {
             Message::Begin { commit_lsn, xid, .. } => {
                 self.transaction = Some(Position { commit_lsn, xid });
+                self.reached.send_replace(commit_lsn);
                 self.idle = None;
             }
             Message::Commit { end_lsn, commit_micros, .. } => {
@@ -151,7 +154,8 @@ impl Applier {
         batch.end = end;
         batch.commit_micros = Some(commit_micros);
         batch.marker = marker.or(batch.marker);
-        let full = batch.bytes >= self.settings.batch_max_bytes
+        let full = ended.commit_lsn <= self.settings.one_by_one
+            || batch.bytes >= self.settings.batch_max_bytes
             || batch.started.elapsed() >= self.settings.batch_max_delay
             || batch.marker.is_some();
         if full { self.commit().await } else { Ok(()) }

@@ -4,7 +4,8 @@
 //! in the order of commit, progress and data commit together, and nothing is confirmed to the source before that. Must
 //! never go on past something that it does not understand.
 //!
-//! [`run`] is two tasks with a queue between them: the reader ([`reader`]) and the applier ([`apply`]).
+//! [`run`] is two tasks with a queue between them, the reader ([`reader`]) and the applier ([`apply`]), and a look now and
+//! then at what the stream does not tell ([`watching`]).
 
 mod apply;
 mod pipeline;
@@ -12,8 +13,9 @@ mod queue;
 mod reader;
 mod relation;
 pub mod unkeyed;
+pub(crate) mod watching;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -79,6 +81,8 @@ struct Settings {
     batch_max_delay: Duration,
     batch_max_bytes: u64,
     missing_row: MissingRow,
+    /// Up to this commit each source transaction is a batch of its own.
+    one_by_one: Lsn,
     /// The cut of each table.
     cuts: HashMap<QualifiedName, Lsn>,
 }
@@ -115,6 +119,21 @@ impl Follow<'_> {
     /// Class retry: a connection or the target's transaction was lost. Class operator: the sides differ, the slot is not
     /// ours any more, a table has another shape.
     pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
+        let reached = watch::channel(Lsn::ZERO).0;
+        let outcome = self.attempt(stop, Lsn::ZERO, &reached).await;
+        let met_at = *reached.borrow();
+        match outcome {
+            // A person is to find everything before the transaction in question on the target, and nothing of it: what
+            // they then change there must not meet changes that came before.
+            Err(error) if error.class() == Class::Operator && met_at > Lsn::ZERO && !stop.is_cancelled() => {
+                tracing::warn!(%error, "going on one by one up to the transaction in question");
+                self.attempt(stop, met_at, &reached).await
+            }
+            other => other,
+        }
+    }
+
+    async fn attempt(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<()> {
         let progress = self.store.progress().await?;
         let version = self.check_slot(progress.lsn).await?;
         self.durable.send_modify(|durable| {
@@ -125,6 +144,8 @@ impl Follow<'_> {
 
         let pipeline = pipeline::Pipeline::new(self.apply_connection().await?);
         let catalog = self.target.connect("catalog").await?;
+        let tables = self.store.tables().await?;
+        let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
         let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
         let reader = reader::Reader::new(stream, sender, self.durable.subscribe(), self.telemetry.clone());
@@ -135,7 +156,8 @@ impl Follow<'_> {
                 batch_max_delay: self.config.follow.batch_max_delay,
                 batch_max_bytes: self.config.follow.batch_max_bytes,
                 missing_row: self.config.follow.missing_row,
-                cuts: apply::cuts(&self.store.tables().await?)?,
+                one_by_one,
+                cuts: apply::cuts(&tables)?,
             },
             pipeline,
             catalog,
@@ -143,6 +165,7 @@ impl Follow<'_> {
             durable: self.durable.clone(),
             marker: self.marker.clone(),
             telemetry: self.telemetry.clone(),
+            reached: reached.clone(),
             relations: HashMap::new(),
             types: HashMap::new(),
             generations: 0,
@@ -154,13 +177,23 @@ impl Follow<'_> {
         // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
         // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
         let reader_stop = CancellationToken::new();
+        let applier_stop = stop.child_token();
         let applied = async {
-            let outcome = applier.run(stop.clone()).await;
+            let outcome = applier.run(applier_stop.clone()).await;
             reader_stop.cancel();
             outcome
         };
         let reading = tokio::spawn(reader.run(reader_stop.clone()));
-        let applied = applied.await;
+        let mut applied = std::pin::pin!(applied);
+        let mut noticed = None;
+        let applied = tokio::select! {
+            applied = &mut applied => applied,
+            Err(error) = watching::watch(self.source, self.config, self.publications, &moved) => {
+                noticed = Some(error);
+                applier_stop.cancel();
+                applied.await
+            }
+        };
         let read = match reading.await {
             Ok(read) => read,
             Err(panicked) => Err(Error::bug(format!("the reader ended: {panicked}"))),
@@ -169,6 +202,9 @@ impl Follow<'_> {
         if let Err(error) = applied {
             self.lost(&error, Side::Target);
             return Err(error.doing("applying changes on the target"));
+        }
+        if let Some(noticed) = noticed {
+            return Err(noticed);
         }
         match read {
             Err(error) if !stop.is_cancelled() => {

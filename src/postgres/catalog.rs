@@ -64,12 +64,15 @@ pub const IS_USER_TABLE: &str = r"
 
 /// All user tables that store rows, largest first. The caller filters by scope.
 ///
+/// A virtual generated column cannot be published, so a whole row that holds one identifies nothing.
+///
 /// # Errors
 /// The connection's.
 pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Table>> {
     let sql = format!(
         r"
-        SELECT c.oid, n.nspname, c.relname, c.relreplident::text,
+        SELECT c.oid, n.nspname, c.relname,
+               CASE WHEN c.relreplident = 'f' AND cols.has_virtual THEN 'n' ELSE c.relreplident::text END,
                cols.names, cols.types, cols.generated, cols.identity_always,
                COALESCE(pk.columns, '{{}}'), COALESCE(ri.columns, '{{}}'),
                rn.nspname, rc.relname,
@@ -81,7 +84,8 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
             SELECT COALESCE(array_agg(a.attname::text ORDER BY a.attnum), '{{}}') AS names,
                    COALESCE(array_agg(pg_catalog.format_type(a.atttypid, a.atttypmod) ORDER BY a.attnum), '{{}}') AS types,
                    COALESCE(array_agg(a.attgenerated <> '' ORDER BY a.attnum), '{{}}') AS generated,
-                   COALESCE(array_agg(a.attidentity = 'a' ORDER BY a.attnum), '{{}}') AS identity_always
+                   COALESCE(array_agg(a.attidentity = 'a' ORDER BY a.attnum), '{{}}') AS identity_always,
+                   COALESCE(bool_or(a.attgenerated = 'v'), false) AS has_virtual
             FROM pg_catalog.pg_attribute a
             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped) cols
         LEFT JOIN LATERAL (

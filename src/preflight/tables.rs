@@ -13,7 +13,11 @@ use crate::postgres::catalog::IS_USER_TABLE;
 fn identities() -> String {
     format!(
         r"
-        SELECT n.nspname::text, c.relname::text, c.relreplident::text,
+        SELECT n.nspname::text, c.relname::text,
+               CASE WHEN c.relreplident = 'f' AND EXISTS (
+                        SELECT FROM pg_catalog.pg_attribute a
+                        WHERE a.attrelid = c.oid AND a.attgenerated = 'v' AND NOT a.attisdropped)
+                    THEN 'n' ELSE c.relreplident::text END,
                pk.indimmediate,
                ri.indexrelid IS NOT NULL,
                CASE WHEN pg_catalog.current_setting('track_counts')::bool

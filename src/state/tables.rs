@@ -139,6 +139,21 @@ impl Store {
         Ok(())
     }
 
+    /// Forgets a table that neither side has any more.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn forget_table(&self, table: &QualifiedName) -> Result<()> {
+        self.execute(&format!(
+            "DELETE FROM pgtandem.copy_table WHERE move = {} AND schema_name = {} AND table_name = {}",
+            quote_literal(self.name.as_str()),
+            quote_literal(&table.schema),
+            quote_literal(&table.name)
+        ))
+        .await
+        .doing(|| format!("forgetting table {}", table.plain()))
+    }
+
     /// All tables of the move, by name.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 
 mod steer;
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -18,7 +19,7 @@ use crate::config::{Config, CopyMethod};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::cutover::{self, Recovered, error_json};
 use crate::error::{Class, Doing, Error, Result};
-use crate::follow::{Durable, Follow, MarkerWatch, unkeyed};
+use crate::follow::{Durable, Follow, MarkerWatch, unkeyed, watching};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::{QualifiedName, Server, Session, Side};
 use crate::preflight;
@@ -507,6 +508,10 @@ impl Walk<'_> {
     async fn catch_up(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Catchup);
+        if self.take_in_changes().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
         self.kit().await?;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
         let record = s.record().await?;
@@ -580,8 +585,42 @@ impl Walk<'_> {
         }
     }
 
+    /// Tables may have come or gone on the source since the last start, and a person may have done the same on the
+    /// target. Returns whether there is one to copy.
+    async fn take_in_changes(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let session = s.target.connect("catalog").await?;
+        let target: HashSet<QualifiedName> =
+            catalog::tables(&*session).await?.into_iter().map(|table| table.name).collect();
+        let mut known: HashSet<QualifiedName> = s.store.tables().await?.into_iter().map(|table| table.name).collect();
+        known.retain(|name| s.config.scope.contains(&name.schema, &name.name));
+        let mut new = Vec::new();
+        for table in self.tables().await? {
+            if known.remove(&table.name) {
+                continue;
+            }
+            if !target.contains(&table.name) {
+                return Err(watching::added(&table.name));
+            }
+            new.push((table.name, table.bytes));
+        }
+        for gone in known {
+            if target.contains(&gone) {
+                return Err(watching::dropped(&gone));
+            }
+            tracing::info!(table = %gone.plain(), "neither side has the table any more");
+            s.store.forget_table(&gone).await?;
+        }
+        s.store.plan_tables(&new).await?;
+        Ok(!new.is_empty())
+    }
+
     async fn follow(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
+        if self.take_in_changes().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
         s.enter_phase(Phase::Follow).await?;
         let session = s.target.connect("control").await?;
         let replica_role = schema::can_set_replica_role(&session).await?;

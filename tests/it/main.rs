@@ -14,6 +14,7 @@ mod followed;
 mod harness_itself;
 mod moves;
 mod preflight;
+mod refusals;
 mod schema;
 mod telemetry;
 mod wire;

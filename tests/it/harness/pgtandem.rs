@@ -28,12 +28,17 @@ pub struct Pgtandem {
 impl Pgtandem {
     /// The move `name` from `source` to `target`, with `pg_dump` and its kin of 18 and 16 on the `PATH`.
     pub fn new(source: &Database, target: &Database, name: &str) -> Self {
-        Self { environment: Vec::new(), config: None }
+        Self::nowhere()
             .env("PGTANDEM_SOURCE_URL", source.url())
             .env("PGTANDEM_TARGET_URL", target.url())
             .env("PGTANDEM_MOVE_NAME", name)
             .env("PGTANDEM_HTTP_LISTEN", "")
             .clients(&[18, 16])
+    }
+
+    /// The program without a word about its servers.
+    pub fn nowhere() -> Self {
+        Self { environment: Vec::new(), config: None }
     }
 
     /// Sets an environment variable.

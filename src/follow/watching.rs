@@ -1,0 +1,109 @@
+//! What the stream does not tell: tables that came or went on the source, or that no publication carries any more.
+//!
+//! Looks at the source's catalog every now and then, on a connection of its own. Promises to end with an error that names
+//! the tables and says what to do; must never change anything.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::{QualifiedName, Server, Session};
+
+const EVERY: Duration = Duration::from_secs(2);
+
+/// `$1`: the publications. Each table, and whether its changes are published.
+fn tables() -> String {
+    format!(
+        r"
+        SELECT n.nspname::text, c.relname::text, EXISTS (
+            SELECT FROM pg_catalog.pg_publication_rel r
+            JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
+            WHERE p.pubname = ANY ($1)
+              AND (r.prrelid = c.oid
+                   OR c.relispartition AND r.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid))))
+        FROM pg_catalog.pg_class c
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+        ORDER BY 1, 2"
+    )
+}
+
+/// Watches until something is found. A source that does not answer is the business of those who stream from it.
+pub(super) async fn watch(
+    source: &Server,
+    config: &Config,
+    publications: &[String],
+    moved: &HashSet<QualifiedName>,
+) -> Result<Infallible> {
+    let mut session = None;
+    loop {
+        tokio::time::sleep(EVERY).await;
+        let looked = async {
+            let session = match &mut session {
+                Some(session) => session,
+                empty => empty.insert(source.connect("watch").await?),
+            };
+            look(session, config, publications, moved).await
+        };
+        match looked.await {
+            Ok(()) => {}
+            Err(error) if matches!(error.class(), Class::Retry | Class::Wait) => {
+                tracing::debug!(%error, "the source's tables cannot be looked at");
+                session = None;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+async fn look(
+    session: &Session,
+    config: &Config,
+    publications: &[String],
+    moved: &HashSet<QualifiedName>,
+) -> Result<()> {
+    let rows = session.query(&tables(), &[&publications]).await.doing(|| "looking at the source's tables")?;
+    let in_scope = |name: &QualifiedName| config.scope.contains(&name.schema, &name.name);
+    let mut gone: HashSet<&QualifiedName> = moved.iter().filter(|name| in_scope(name)).collect();
+    for row in &rows {
+        let name = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+        if !in_scope(&name) {
+            continue;
+        }
+        if !gone.remove(&name) {
+            return Err(added(&name));
+        }
+        if !row.try_get::<_, bool>(2)? {
+            return Err(unpublished(&name));
+        }
+    }
+    match gone.into_iter().min() {
+        Some(name) => Err(dropped(name)),
+        None => Ok(()),
+    }
+}
+
+/// A table in scope that the move does not know.
+pub(crate) fn added(table: &QualifiedName) -> Error {
+    let message = format!("the source has a new table, {}, which the move does not know", table.plain());
+    Error::new(Class::Operator, "table_added", message)
+        .hint("create it on the target as it is on the source and start again: its rows are copied then; or exclude it")
+}
+
+/// A table of the move that the source has no more.
+pub(crate) fn dropped(table: &QualifiedName) -> Error {
+    let message = format!("the source has no table {} any more", table.plain());
+    Error::new(Class::Operator, "table_dropped", message)
+        .hint(format!("drop or rename it on the target as on the source ({table}), and start again"))
+}
+
+fn unpublished(table: &QualifiedName) -> Error {
+    let message = format!("the changes of table {} are not published any more", table.plain());
+    Error::new(Class::Operator, "table_not_published", message).hint(
+        "it was dropped and made again, or someone altered the publication: changes are missing. Run `pgtandem clean`, \
+         empty the target and begin the move again",
+    )
+}
