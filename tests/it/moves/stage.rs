@@ -149,6 +149,7 @@ impl Stage {
                      and backend_start > (select max(backend_start) from pg_stat_activity
                                           where application_name = 'pgtandem app lock')";
         wait_until("the daemon takes requests", LONG, async || {
+            assert!(daemon.is_running() || self.reached().await > 4, "the daemon ended before it followed");
             self.state(roles).await.is_some() || PHASES[self.reached().await] == "done"
         })
         .await;
