@@ -63,6 +63,8 @@ use crate::telemetry::Telemetry;
 use crate::verify::{Comparison, Depth};
 use sequences::Sequences;
 
+/// The hook is told to end so much before the deadline, so that it is its error that is shown.
+const OWN_WORDS: Duration = Duration::from_millis(300);
 /// How long the release waits for a lock on the target while writers wait on the source.
 const RELEASE_LOCKS: Duration = Duration::from_millis(1500);
 /// How long the last words of the journal may take.
