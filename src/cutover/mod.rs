@@ -13,7 +13,7 @@
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
 //! | `sequences` | read and set: [`sequences`] | wait |
-//! | `watch` | no table without a replica identity was updated: [`unkeyed`] | wait |
+//! | `watch` | no table without a replica identity differs: [`unkeyed`] | wait |
 //! | `verify` | `cutover.verify` | wait |
 //! | `release` | foreign keys, triggers and rules of the target on | wait |
 //! | `seal` | the source refuses writes for good | refused |
@@ -154,7 +154,7 @@ impl Cutover<'_> {
         journal.step("drain", deadline, self.drain(deadline)).await?;
         let everything = self.config.scope.include.is_empty() && self.config.scope.exclude.is_empty();
         journal.step("sequences", deadline, sequences::carry(self.source, self.target, everything)).await?;
-        journal.step("watch", deadline, unkeyed::check(self.source, self.store)).await?;
+        journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await?;
         match self.config.cutover.verify {
             CutoverVerify::Off => journal.skip("verify", "cutover.verify = \"off\"").await?,
             CutoverVerify::Counts => journal.step("verify", deadline, self.verify(Depth::Counts)).await?,

@@ -7,10 +7,12 @@
 //! [`run`] is two tasks with a queue between them: the reader ([`reader`]) and the applier ([`apply`]).
 
 mod apply;
+pub mod lookout;
 mod pipeline;
 mod queue;
 mod reader;
 mod relation;
+pub mod scope;
 pub mod unkeyed;
 
 use std::collections::HashMap;
