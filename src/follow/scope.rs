@@ -130,46 +130,46 @@ pub async fn check(source: &Server, store: &Store, config: &Config) -> Result<Ve
     blockers.extend(some(&drift.new).map(made));
     blockers.extend(some(&drift.attached).map(attached));
     if let Some(names) = some(&missing) {
-        blockers.push(Blocker {
-            code: "partition_new",
-            message: format!("new partitions that the target does not have: {names}"),
-            hint: format!("on the target: {}", statements(&session, store, &missing).await?),
-        });
+        let make = statements(&session, store, &missing).await?;
+        blockers.push(blocker(
+            "partition_new",
+            format!("new partitions that the target does not have: {names}"),
+            format!("on the target: {make}"),
+        ));
     }
     blockers.extend(some(&left_over).map(|names| dropped(names, &left_over)));
     Ok(blockers)
 }
 
+pub(super) fn blocker(code: &'static str, message: String, hint: String) -> Blocker {
+    Blocker { code, message, hint }
+}
+
+const OR_BEGIN_AGAIN: &str = "to take them along, run `pgtandem clean`, empty the target and begin the move again";
+
 fn made(names: String) -> Blocker {
-    Blocker {
-        code: "table_new",
-        message: format!("made on the source since the copy, and not carried: {names}"),
-        hint: "name them in [move] exclude and start again, or drop them on the source; to take them along, run \
-               `pgtandem clean`, empty the target and begin the move again"
-            .to_owned(),
-    }
+    blocker(
+        "table_new",
+        format!("made on the source since the copy, and not carried: {names}"),
+        format!("name them in [move] exclude and start again, or drop them on the source; {OR_BEGIN_AGAIN}"),
+    )
 }
 
 fn attached(names: String) -> Blocker {
-    Blocker {
-        code: "partition_new",
-        message: format!(
-            "attached to partitioned tables since the copy, perhaps with rows that are not carried: {names}"
-        ),
-        hint:
-            "name them in [move] exclude and start again, or detach and drop them on the source; to take them along, \
-               run `pgtandem clean`, empty the target and begin the move again"
-                .to_owned(),
-    }
+    blocker(
+        "partition_attached",
+        format!("attached to partitioned tables since the copy, perhaps with rows that are not carried: {names}"),
+        format!("name them in [move] exclude and start again, or drop them on the source; {OR_BEGIN_AGAIN}"),
+    )
 }
 
 fn dropped(names: String, tables: &[QualifiedName]) -> Blocker {
     let list = tables.iter().take(NAMES).map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    Blocker {
-        code: "table_dropped",
-        message: format!("dropped or renamed on the source since the copy, and still on the target: {names}"),
-        hint: format!("if they shall go, once the lag is zero, on the target: DROP TABLE {list};"),
-    }
+    blocker(
+        "table_dropped",
+        format!("dropped or renamed on the source since the copy, and still on the target: {names}"),
+        format!("if they shall go, once the lag is zero, on the target: DROP TABLE {list};"),
+    )
 }
 
 /// Up to ten names, and how many more there are; `None` if there is none.

@@ -12,6 +12,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
+use super::scope;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{self, ReplicaIdentity, Table};
 use crate::postgres::{QualifiedName, Server, Session};
@@ -169,20 +170,20 @@ async fn risen_counters(source: &Server, store: &Store) -> Result<Vec<(Qualified
 }
 
 fn blocker(tables: &[QualifiedName]) -> Option<Blocker> {
-    let names = super::scope::some(tables)?;
+    let names = scope::some(tables)?;
     let alter: Vec<String> =
         tables.iter().take(3).map(|t| format!("`ALTER TABLE {t} REPLICA IDENTITY FULL`")).collect();
-    Some(Blocker {
-        code: "unkeyed_changed",
-        message: format!(
+    Some(scope::blocker(
+        "unkeyed_changed",
+        format!(
             "without a replica identity, updated or deleted from since the copy, and not the same on both sides: {names}"
         ),
-        hint: format!(
+        format!(
             "such changes are not carried. If this does not go away while the table rests: {} on the source (or \
              exclude it), then `pgtandem clean`, empty the target and begin again",
             alter.join(", ")
         ),
-    })
+    ))
 }
 
 async fn counts(session: &Session, tables: &[&QualifiedName]) -> Result<Vec<(QualifiedName, i64)>> {

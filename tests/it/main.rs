@@ -15,5 +15,6 @@ mod harness_itself;
 mod moves;
 mod preflight;
 mod schema;
+mod scope;
 mod telemetry;
 mod wire;
