@@ -31,6 +31,7 @@ mod analyze;
 mod blockers;
 pub mod by_hand;
 pub mod cut;
+mod gone;
 pub mod plan;
 pub mod publication;
 pub mod pump;
@@ -161,7 +162,10 @@ async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
     session.batch_execute("COMMIT").await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
     context.store.plan_tables(&sizes).await?;
-    let records = context.store.tables().await?;
+    let mut records = context.store.tables().await?;
+    if gone::settle(context, &records, &tables, cut.lsn).await? {
+        records = context.store.tables().await?;
+    }
     for record in &records {
         let (rows, bytes) = if record.state == TableState::Copied { (record.rows, record.bytes) } else { (0, 0) };
         context.telemetry.copy_table(&record.name, record.state, rows, bytes, record.bytes_total);

@@ -65,11 +65,9 @@ pub async fn ensure(source: &Server, config: &Config, tables: &[Table], telemetr
     let wanted = members(tables, &roots, |name| config.scope.contains(&name.schema, &name.name));
     let full = Publication { name: config.name.publication(), publish: FULL, members: wanted.full };
     let inserts = Publication { name: config.name.insert_publication(), publish: INSERTS, members: wanted.inserts };
-    for publication in [&full, &inserts] {
-        bring_about(source, &session, publication, telemetry)
-            .await
-            .doing(|| format!("publishing the tables as {}", publication.name))?;
-    }
+    bring_about(source, &session, [&full, &inserts], telemetry)
+        .await
+        .doing(|| format!("publishing the tables as {} and {}", full.name, inserts.name))?;
     Ok(vec![full.name, inserts.name])
 }
 
@@ -97,8 +95,22 @@ struct Publication {
     members: BTreeSet<QualifiedName>,
 }
 
-async fn bring_about(source: &Server, session: &Session, wanted: &Publication, telemetry: &Telemetry) -> Result<()> {
-    let Some(sql) = difference(session, wanted).await? else { return Ok(()) };
+/// In one transaction: a table that moves from one publication to the other is at every point of the stream in one of
+/// them, or its changes in between would be lost.
+async fn bring_about(
+    source: &Server,
+    session: &Session,
+    wanted: [&Publication; 2],
+    telemetry: &Telemetry,
+) -> Result<()> {
+    let mut statements = Vec::new();
+    for publication in wanted {
+        statements.extend(difference(session, publication).await?);
+    }
+    if statements.is_empty() {
+        return Ok(());
+    }
+    let sql = format!("BEGIN; {}; COMMIT", statements.join("; "));
     let pid: i32 = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
     let mut attempt = 1;
     loop {
@@ -128,8 +140,8 @@ async fn bring_about(source: &Server, session: &Session, wanted: &Publication, t
     }
 }
 
-/// The statements that make a publication what it shall be, in one transaction; `None` if it is that already.
-async fn difference(session: &Session, wanted: &Publication) -> Result<Option<String>> {
+/// The statements that make a publication what it shall be; none if it is that already.
+async fn difference(session: &Session, wanted: &Publication) -> Result<Vec<String>> {
     let name = quote_identifier(&wanted.name);
     // From 18 on the source refuses an UPDATE of a table whose identity holds a generated column that is not published.
     let generated = if super::version(session).await? >= 180_000 { ", publish_generated_columns = stored" } else { "" };
@@ -170,7 +182,7 @@ async fn difference(session: &Session, wanted: &Publication) -> Result<Option<St
     if !missing.is_empty() {
         statements.push(format!("ALTER PUBLICATION {name} ADD TABLE {}", list(missing)));
     }
-    Ok((!statements.is_empty()).then(|| format!("BEGIN; {}; COMMIT", statements.join("; "))))
+    Ok(statements)
 }
 
 /// A partitioned table at the top of its tree.

@@ -15,7 +15,7 @@
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
 //! | `sequences` | read and set: [`sequences`] | wait |
-//! | `watch` | no table without a replica identity was updated: [`unkeyed`] | wait |
+//! | `watch` | no table without a replica identity differs: [`unkeyed`] | wait |
 //! | `verify` | `cutover.verify` | wait |
 //! | `release` | foreign keys, triggers and rules of the target on | wait |
 //! | `decide` | the journal says `switching` | wait |
@@ -176,7 +176,7 @@ impl Cutover<'_> {
     async fn behind_the_fence(&self, journal: &mut Journal, mut ahead: Ahead, deadline: Instant) -> Result<()> {
         journal.step("drain", deadline, self.drain(&mut ahead.marker, deadline)).await?;
         journal.step("sequences", deadline, ahead.sequences.carry()).await?;
-        journal.step("watch", deadline, unkeyed::check(self.source, self.store)).await?;
+        journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await?;
         match ahead.comparison {
             Some(comparison) => journal.step("verify", deadline, self.verify(comparison)).await?,
             None => journal.skip("verify", "cutover.verify = \"off\""),

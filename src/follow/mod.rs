@@ -8,10 +8,12 @@
 //! then at what the stream does not tell ([`watching`]).
 
 mod apply;
+pub mod lookout;
 mod pipeline;
 mod queue;
 mod reader;
 mod relation;
+pub mod scope;
 pub mod unkeyed;
 pub(crate) mod watching;
 

@@ -20,6 +20,7 @@ mod replication;
 mod report;
 mod schema_objects;
 mod settings;
+mod subscriptions;
 mod tables;
 mod target;
 mod wal;
@@ -29,6 +30,7 @@ use tokio_postgres::Client;
 pub use finding::{Finding, Kind, Severity};
 pub use identity::{identity, same_server};
 pub use report::Report;
+pub use subscriptions::subscriptions_enabled;
 
 use crate::config::Config;
 use crate::error::Result;
@@ -46,6 +48,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         privileges::KINDS,
         tables::KINDS,
         schema_objects::KINDS,
+        subscriptions::KINDS,
         extensions::KINDS,
         encoding::KINDS,
         settings::KINDS,
@@ -142,6 +145,7 @@ async fn ask_source(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "unlogged, foreign and inheriting tables", schema_objects::special_relations(look).await);
     answer(found, side, "the large objects", schema_objects::large_objects(look).await);
     answer(found, side, "event triggers, publications and subscriptions", schema_objects::database_objects(look).await);
+    answer(found, side, "whether a subscription feeds its tables", subscriptions::subscriber(look).await);
     answer(found, side, "wal_sender_timeout", settings::walsender_timeout(source).await);
     answer(found, side, "idle_replication_slot_timeout", settings::idle_slot_timeout(source).await);
     answer(found, side, "logical_decoding_work_mem", settings::decoding_memory(source).await);
@@ -163,6 +167,7 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     let side = Side::Target;
     answer(found, side, "whether it is the source", identity::same(look).await);
     answer(found, side, "its roles", target::roles(look).await);
+    answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);
     answer(found, side, "its extensions", extensions::extensions(look).await);
     answer(found, side, "its encoding and locale", encoding::database_locale(look).await);

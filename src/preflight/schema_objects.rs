@@ -1,7 +1,7 @@
 //! Objects that a move treats in a way of their own: carried differently, or not at all. Each is named.
 
 use super::finding::kinds;
-use super::look::Look;
+use super::look::{Attempt, Look};
 use super::privileges::text;
 use super::{Finding, Kind};
 use crate::error::Result;
@@ -77,6 +77,11 @@ kinds! {
         why: "they are held back until the cutover, and making them takes a superuser on the target",
         fix: "make sure that the target's role may create event triggers, or make them by hand after the cutover",
     }
+    EVENT_TRIGGERS_LEFT_OUT = Warning "event_triggers_left_out" {
+        what: "the target refuses event triggers to its role",
+        why: "those of the source are left out of the move",
+        fix: "use a role that may make them, or make them by hand after the cutover",
+    }
     PUBLICATIONS = Info "publications" {
         what: "the source has publications of its own",
         why: "they are left out of the move: a restored one would make the target refuse updates; whoever follows the source must be pointed to the target by hand",
@@ -141,6 +146,18 @@ fn database_questions() -> [(Kind, &'static str, &'static str); 4] {
         (PUBLICATIONS, PUBLICATION_NAMES, "publications"),
         (SUBSCRIPTIONS, SUBSCRIPTION_NAMES, "subscriptions"),
     ]
+}
+
+/// Whether the target lets us make those of the source; if not, the restore leaves them out.
+pub(super) async fn event_triggers(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let names = look.source.list(EVENT_TRIGGER_NAMES).await?;
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    match look.target.attempt(crate::schema::PROBE_EVENT_TRIGGER).await? {
+        Attempt::Allowed => Ok(Vec::new()),
+        Attempt::Refused(words) => Ok(vec![EVENT_TRIGGERS_LEFT_OUT.on(Side::Target, words).objects(names)]),
+    }
 }
 
 /// Event triggers that stand on the target already would fire for each statement of the restored schema.

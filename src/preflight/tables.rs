@@ -57,7 +57,7 @@ kinds! {
     }
     INSERT_ONLY = Info "insert_only" {
         what: "a table without a replica identity has only seen inserts",
-        why: "its inserts and truncates are carried; the first update or delete stops the move with its name",
+        why: "its inserts and truncates are carried; after an update or delete the cutover refuses with its name",
         fix: "if it will be updated: ALTER TABLE … REPLICA IDENTITY FULL",
     }
     FULL_IDENTITY = Warning "full_replica_identity" {

@@ -30,4 +30,4 @@ pub use data::DataArchive;
 pub use dump::{Archive, DumpRequest, dump};
 pub use foreign_keys::ForeignKeys;
 pub use programs::Programs;
-pub use restore::{Restorer, can_set_replica_role};
+pub use restore::{PROBE_EVENT_TRIGGER, Restorer, can_set_replica_role};

@@ -168,7 +168,12 @@ impl Restorer<'_> {
         self.telemetry.activity("holding back triggers and rules");
         let session = self.session().await?;
         end_leftovers(&session, self.target).await?;
-        self.restore_missing(&session, Step::HeldBack, &["--single-transaction".into()])
+        let event_triggers = event_triggers_allowed(&session).await?;
+        let allowed = |entry: &Entry| event_triggers || entry.kind != "EVENT TRIGGER";
+        for entry in self.archive.contents.of(Step::HeldBack).iter().filter(|entry| !allowed(entry)) {
+            tracing::warn!("left out: event trigger {}, which the target refuses to its role", entry.tag);
+        }
+        self.restore_those_missing(&session, Step::HeldBack, &["--single-transaction".into()], allowed)
             .await
             .doing(|| "restoring triggers and rules")?;
         let event_triggers: Vec<String> = self
@@ -183,8 +188,19 @@ impl Restorer<'_> {
     }
 
     async fn restore_missing(&self, session: &Session, step: Step, options: &[String]) -> Result<()> {
+        self.restore_those_missing(session, step, options, |_| true).await
+    }
+
+    async fn restore_those_missing(
+        &self,
+        session: &Session,
+        step: Step,
+        options: &[String],
+        wanted: impl Fn(&Entry) -> bool,
+    ) -> Result<()> {
         let existing = Existing::read(session).await?;
-        let entries: Vec<&Entry> = self.archive.contents.of(step).iter().filter(|entry| !existing.has(entry)).collect();
+        let step = self.archive.contents.of(step);
+        let entries: Vec<&Entry> = step.iter().filter(|entry| !existing.has(entry) && wanted(entry)).collect();
         self.restore(session, &entries, options).await
     }
 
@@ -272,6 +288,21 @@ pub async fn can_set_replica_role(session: &Session) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(e) if e.as_db_error().is_some() => Ok(false),
         Err(e) => Err(Error::from(e).doing("probing session_replication_role")),
+    }
+}
+
+/// Makes an event trigger, for a transaction that is rolled back: whether the role may. Nobody else sees it meanwhile.
+pub const PROBE_EVENT_TRIGGER: &str = "
+    CREATE FUNCTION pg_temp.pgtandem_probe() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+    CREATE EVENT TRIGGER pgtandem_probe ON sql_drop EXECUTE FUNCTION pg_temp.pgtandem_probe()";
+
+async fn event_triggers_allowed(session: &Session) -> Result<bool> {
+    let outcome = session.batch_execute(&format!("BEGIN; {PROBE_EVENT_TRIGGER}")).await;
+    session.batch_execute("ROLLBACK").await.doing(|| "probing event triggers")?;
+    match outcome {
+        Ok(()) => Ok(true),
+        Err(e) if e.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
+        Err(e) => Err(Error::from(e).doing("probing event triggers")),
     }
 }
 

@@ -1,11 +1,11 @@
-//! Tables without a replica identity: how many updates and deletes the source had counted before the first cut.
+//! Tables without a replica identity: how many updates and deletes the source had counted before each one's cut.
 
 use super::Store;
 use crate::error::{Doing, Result};
 use crate::postgres::{QualifiedName, quote_literal};
 
 impl Store {
-    /// Writes the counts down, once: a table that is known keeps its first count.
+    /// Writes the counts down, before a cut: a table that is copied already keeps the count from before its own.
     ///
     /// # Errors
     /// The connection's.
@@ -24,8 +24,12 @@ impl Store {
                 .collect::<Vec<_>>()
                 .join(", ");
             self.execute(&format!(
-                "INSERT INTO pgtandem.unkeyed_table (move, schema_name, table_name, changes) VALUES {values}
-                 ON CONFLICT (move, schema_name, table_name) DO NOTHING"
+                "INSERT INTO pgtandem.unkeyed_table AS known (move, schema_name, table_name, changes) VALUES {values}
+                 ON CONFLICT (move, schema_name, table_name) DO UPDATE SET changes = excluded.changes
+                 WHERE NOT EXISTS (
+                     SELECT FROM pgtandem.copy_table t
+                     WHERE t.move = known.move AND t.schema_name = known.schema_name
+                       AND t.table_name = known.table_name AND t.state = 'copied')"
             ))
             .await
             .doing(|| "remembering the tables without a replica identity")?;
@@ -50,5 +54,22 @@ impl Store {
         rows.iter()
             .map(|row| Ok((QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }, row.try_get(2)?)))
             .collect()
+    }
+
+    /// From now on this count counts as the one from before the cut: both sides were found to agree, or the source's
+    /// counter began anew.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn reset_unkeyed(&self, table: &QualifiedName, count: i64) -> Result<()> {
+        self.execute(&format!(
+            "UPDATE pgtandem.unkeyed_table SET changes = {count}
+             WHERE move = {} AND schema_name = {} AND table_name = {}",
+            quote_literal(self.name.as_str()),
+            quote_literal(&table.schema),
+            quote_literal(&table.name)
+        ))
+        .await
+        .doing(|| format!("remembering the counter of table {}", table.plain()))
     }
 }

@@ -2,21 +2,19 @@
 
 use std::cell::Cell;
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::{Supervisor, Until};
 use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
-use crate::follow::unkeyed;
+use crate::follow::lookout::Lookout;
 use crate::postgres::Session;
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How often tables without a replica identity are looked at.
-const WATCH_EVERY: Duration = Duration::from_secs(5);
 
 /// Between two attempts of `--cutover-when-ready`; each failed one has kept writers waiting, so the pause grows.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -87,17 +85,21 @@ impl<'a> Steering<'a> {
 
     async fn steer(&self) -> Result<Decision> {
         let s = self.supervisor;
+        let lookout = Lookout::new(&s.source, &s.target, &s.store, s.config, &s.telemetry);
+        lookout.first().await?;
+        tokio::select! {
+            decision = self.take_requests() => decision,
+            never = lookout.run() => match never {},
+        }
+    }
+
+    async fn take_requests(&self) -> Result<Decision> {
+        let s = self.supervisor;
         let mut listener: Option<Session> = None;
-        unkeyed::check(&s.source, &s.store).await?;
-        let mut watched = Instant::now();
         let (mut next_attempt, mut pause) = (Instant::now(), FIRST_PAUSE);
         loop {
             if s.stop.is_cancelled() || self.alone.is_cancelled() {
                 return Ok(Decision::Stopped);
-            }
-            if watched.elapsed() >= WATCH_EVERY {
-                watched = Instant::now();
-                unkeyed::check(&s.source, &s.store).await?;
             }
             if s.options.until == Until::Follow && s.telemetry.overview().lag.bytes == Some(0) {
                 tracing::info!("the lag reached zero");

@@ -546,3 +546,31 @@ async fn a_snapshot_is_held_for_a_dump_by_hand() {
     let again = Pgtandem::new(&from, &to, "app").run(&["snapshot"]).await;
     assert_eq!(again.code, Some(4), "{again}");
 }
+
+#[tokio::test]
+async fn a_table_that_is_dropped_during_the_copy_does_not_keep_it_from_ending() {
+    let tables = "create table stays (id int primary key); create table goes (id int primary key);
+                  insert into stays values (1)";
+    let moved = Move::new("").await;
+    moved.source.execute(tables).await;
+    moved.target.execute("create table stays (id int primary key); create table goes (id int primary key)").await;
+    // Given a run that planned both tables and began with one that is dropped then.
+    let (walsender, _cut) = moved.first_cut().await;
+    walsender.close().await;
+    let names = ["stays", "goes"].map(|name| (QualifiedName::new("public", name), 0));
+    let store = &moved.context.store;
+    store.plan_tables(&names).await.unwrap();
+    store.report_copying(&[(names[1].0.clone(), 1, 1)]).await.unwrap();
+    moved.target.execute("insert into goes values (1)").await;
+    moved.source.execute("drop table goes").await;
+    // When the next one copies under another cut, then nothing is left to copy, and what the dead run left is gone.
+    let (walsender, cut) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
+    let tables = store.tables().await.unwrap();
+    assert!(
+        tables.iter().all(|table| table.state == TableState::Copied && table.cut_lsn == Some(cut.lsn)),
+        "{tables:?}"
+    );
+    assert!(moved.target.query_strings("select id from goes").await.is_empty());
+    assert_eq!(moved.target.query_strings("select id from stays").await, ["1"]);
+}

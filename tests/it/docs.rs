@@ -44,7 +44,7 @@ fn literal(text: &str) -> Option<&str> {
 }
 
 /// Functions that make an error and take its code first, as `name("code"`.
-const MAKERS: [&str; 4] = ["usage(", "no(", "lost(", "refused("];
+const MAKERS: [&str; 5] = ["usage(", "no(", "lost(", "refused(", "blocker("];
 
 /// Error codes in a source file: what follows `Class::Word,`, what the makers are given, and what stands first in the
 /// tuples of TLS errors.

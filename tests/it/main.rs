@@ -16,5 +16,6 @@ mod moves;
 mod preflight;
 mod refusals;
 mod schema;
+mod scope;
 mod telemetry;
 mod wire;
