@@ -139,7 +139,6 @@ impl Supervisor<'_> {
         tasks.spawn(sampler::run(
             self.source.clone(),
             self.config.name.slot(),
-            self.store.clone(),
             self.telemetry.clone(),
             cancel.clone(),
         ));

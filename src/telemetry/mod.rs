@@ -467,15 +467,6 @@ impl Telemetry {
         metrics.text()
     }
 
-    /// Tables whose rows are on their way: name, rows, bytes. For `Store::report_copying`.
-    #[must_use]
-    pub fn copying(&self) -> Vec<(QualifiedName, u64, u64)> {
-        self.read_tables(|tables| {
-            let copying = tables.iter().filter(|(_, table)| table.state() == TableState::Copying);
-            copying.map(|(name, table)| (name.clone(), table.rows(), table.bytes())).collect()
-        })
-    }
-
     /// Sums up the tables and lets both rates see the totals.
     fn observe(&self) -> CopySums {
         let sums = self.sums();
