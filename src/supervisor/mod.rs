@@ -215,7 +215,7 @@ impl Supervisor<'_> {
             }
             None => {
                 self.telemetry.phase(Phase::Preflight);
-                self.preflight().await?;
+                preflight::require(self.config, &self.source, &self.target).await?;
             }
         }
         // Also for a move that began before: a newer version may keep more.
@@ -236,21 +236,6 @@ impl Supervisor<'_> {
             ),
         )
         .hint("correct source.url, or run `pgtandem clean`, empty the target and begin the move again"))
-    }
-
-    async fn preflight(&self) -> Result<()> {
-        let report = preflight::run(self.config, &self.source, &self.target).await;
-        for finding in &report.findings {
-            tracing::info!(code = finding.code, severity = finding.severity.as_str(), "preflight: {}", finding.what);
-        }
-        let blocking: Vec<_> = report.blocking().collect();
-        if blocking.is_empty() {
-            return Ok(());
-        }
-        let (class, code) =
-            if report.unreachable() { (Class::Wait, "unreachable") } else { (Class::No, "preflight_blocked") };
-        let message = format!("{} findings block the move\n{}", blocking.len(), report.to_text(false));
-        Err(Error::new(class, code, message).hint("mend them and start again; `pgtandem check` shows them any time"))
     }
 
     /// Waits until no other daemon holds the move; `None` if told to stop.
