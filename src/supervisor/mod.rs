@@ -34,8 +34,6 @@ const STANDBY_EVERY: Duration = Duration::from_secs(1);
 /// The first wait after an error; each one doubles, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// The last words (`done`, the write pause) stay readable for a scrape.
-const LINGER: Duration = Duration::from_millis(200);
 
 /// When to stop by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,9 +95,8 @@ pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &
     let outcome = supervisor.supervise().await;
     if let Err(error) = &outcome {
         supervisor.telemetry.standing_error(Some(error));
-    } else {
-        tokio::time::sleep(LINGER).await;
     }
+    http::linger(&supervisor.telemetry, stop).await;
     beside.cancel();
     tasks.close();
     tasks.wait().await;
