@@ -128,9 +128,9 @@ async fn page() -> Response {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    let text = app.telemetry.metrics_text();
+    let printed = app.telemetry.metrics_text();
     app.telemetry.0.scraped.send_replace(Some(Instant::now()));
-    match text {
+    match printed {
         Ok(body) => typed(StatusCode::OK, METRICS_TYPE, body),
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }
