@@ -133,12 +133,7 @@ impl Supervisor<'_> {
                 }
             });
         }
-        tasks.spawn(sampler::run(
-            self.source.clone(),
-            self.config.name.slot(),
-            self.telemetry.clone(),
-            cancel.clone(),
-        ));
+        tasks.spawn(sampler::run(self.source.clone(), self.config.name.slot(), self.telemetry.clone(), cancel.clone()));
         tasks.spawn(progress::show(self.telemetry.clone(), terminal.clone(), cancel.clone()));
         Ok(tasks)
     }
