@@ -72,9 +72,9 @@ COPY --from=build /out/pgtandem /usr/local/bin/pgtandem
 # give every key as PGTANDEM_<SECTION>_<KEY>. In a container set http.listen to 0.0.0.0:8432 (the default is loopback).
 WORKDIR /etc/pgtandem
 
-# The root file system may be read-only. Only the temporary folder (TMPDIR, else /tmp) must be writable: the archive of
-# pg_dump lies there. With copy.method = "copy" or "none" it holds the schema alone, some megabytes; with "dump" it
-# holds the whole database, compressed. Nothing in it outlives a move: all durable memory is in the target.
+# The root file system may be read-only. The temporary folder (TMPDIR, else /tmp) must be writable: the archive of the
+# schema lies there, some megabytes. With copy.method = "dump" all rows go to the working folder, compressed: make it a
+# volume (--workdir). Nothing in either outlives a move: all durable memory is in the target.
 ENV TMPDIR=/tmp
 
 # By number, so that Kubernetes can verify runAsNonRoot.

@@ -72,7 +72,6 @@ check_prometheus() {
     cd "$root/deploy/prometheus"
     check "prometheus: scrape.yml and its rules" "$promtool" check config --lint=all --lint-fatal scrape.yml
     check "prometheus: alerts_test.yml" "$promtool" test rules alerts_test.yml
-    check "prometheus: alerts_day_test.yml" "$promtool" test rules alerts_day_test.yml
 
     # Where compose.yaml mounts them, all three lie in one folder.
     local mounted

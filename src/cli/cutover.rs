@@ -1,8 +1,14 @@
 //! `cutover`: asks the daemon to cut over, and prints each step and the write pause.
+//!
+//! The daemon does the work. Interrupting this command takes the request back if no daemon has begun it; once begun, the
+//! cutover goes on without anyone who watches.
 
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
+use super::End;
 use crate::config::Config;
 use crate::error::{Class, Error, Result};
 use crate::postgres::{Server, Side};
@@ -27,23 +33,59 @@ pub struct Args {
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a daemon may take to notice the request.
 const NOTICE: Duration = Duration::from_secs(10);
+/// How long taking the request back may take.
+const WITHDRAW: Duration = Duration::from_secs(5);
 
 /// Runs the command.
 ///
 /// # Errors
 /// Class no: the cutover did not happen, and writes are back on at the source.
-pub async fn run(config: &Config, args: &Args) -> Result<()> {
+pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Result<End> {
     let target = Server::new(Side::Target, config.target.clone(), config.name.as_str())?;
     let store = Store::new(target, config.name.clone());
     let timeout = args.timeout.unwrap_or(config.cutover.timeout);
-    check_phase(config, &store).await?;
+    let Some(checked) = stop.run_until_cancelled(check_phase(config, &store)).await else { return Ok(End::BrokenOff) };
+    checked?;
     let arguments = serde_json::json!({
         "timeout_ms": u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         "dry_run": args.dry_run,
     });
     let id = store.submit(RequestKind::Cutover, &arguments, NOTICE).await?;
-    let request = watch(&store, id, timeout, args).await?;
-    report(&store, &request, args).await
+    let request = match stop.run_until_cancelled(watch(&store, id, timeout, args)).await {
+        Some(answered) => answered?,
+        None => match break_off(&store, id, args.dry_run).await? {
+            Some(answered) => answered,
+            None => return Ok(End::BrokenOff),
+        },
+    };
+    report(&store, &request, args).await.map(|()| End::Done)
+}
+
+/// Takes the request back, or says what goes on without us. Returns the answer if it came in the meantime.
+async fn break_off(store: &Store, id: i64, dry_run: bool) -> Result<Option<Request>> {
+    let what = if dry_run { "rehearsal" } else { "cutover" };
+    let withdrawn = async {
+        if store.withdraw(id).await? {
+            return Ok((true, None));
+        }
+        store.request(id).await.map(|request| (false, request))
+    };
+    let said = match tokio::time::timeout(WITHDRAW, withdrawn).await {
+        Ok(Ok((true, _))) => format!("the {what} was called off; no daemon had begun it"),
+        Ok(Ok((false, Some(request)))) if matches!(request.state, RequestState::Succeeded | RequestState::Failed) => {
+            return Ok(Some(request));
+        }
+        Ok(Ok((false, _))) => format!("the {what} goes on in the daemon; `pgtandem status --watch` shows it"),
+        Ok(Err(error)) => {
+            format!("the {what} could not be called off ({error}); a daemon may have begun it: `pgtandem status` tells")
+        }
+        Err(_) => format!(
+            "the {what} could not be called off, the target does not answer; a daemon may have begun it: \
+             `pgtandem status` tells"
+        ),
+    };
+    writeln!(std::io::stderr(), "{said}")?;
+    Ok(None)
 }
 
 /// Says at once what would only time out.

@@ -108,9 +108,27 @@ impl Command {
     /// nothing to tidy up, and its answer would be missing.
     fn stops_cleanly(&self) -> bool {
         match self {
-            Self::Run(_) | Self::Snapshot(_) | Self::Demo(_) => true,
+            Self::Run(_) | Self::Snapshot(_) | Self::Cutover(_) | Self::Demo(_) => true,
             Self::Status(args) => args.watch,
             _ => false,
+        }
+    }
+}
+
+/// How a command ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It did what it was asked.
+    Done,
+    /// It was interrupted before its answer came.
+    BrokenOff,
+}
+
+impl End {
+    fn exit_code(self, stop: &Stop) -> ExitCode {
+        match self {
+            Self::Done => ExitCode::SUCCESS,
+            Self::BrokenOff => stop.exit_code(),
         }
     }
 }
@@ -173,10 +191,10 @@ fn start(cli: Cli, environment: Environment, colour: bool, json: &mut bool) -> R
     let done = runtime.block_on(async {
         let work = execute(&cli.command, config.as_ref(), &terminal, &stop);
         if cli.command.stops_cleanly() {
-            return work.await.map(|()| ExitCode::SUCCESS);
+            return work.await.map(|end| end.exit_code(&stop));
         }
         tokio::select! {
-            done = work => done.map(|()| ExitCode::SUCCESS),
+            done = work => done.map(|end| end.exit_code(&stop)),
             () = stop.token().cancelled() => Ok(stop.exit_code()),
         }
     });
@@ -185,10 +203,10 @@ fn start(cli: Cli, environment: Environment, colour: bool, json: &mut bool) -> R
     done
 }
 
-async fn execute(command: &Command, config: Option<&Config>, terminal: &Terminal, stop: &Stop) -> Result<()> {
+async fn execute(command: &Command, config: Option<&Config>, terminal: &Terminal, stop: &Stop) -> Result<End> {
     let stop = stop.token();
     let config = match (command, config) {
-        (Command::Demo(args), _) => return demo::run(args, stop).await,
+        (Command::Demo(args), _) => return demo::run(args, stop).await.map(|()| End::Done),
         (_, Some(config)) => config,
         (_, None) => return Err(Error::bug("the configuration was not read")),
     };
@@ -197,13 +215,14 @@ async fn execute(command: &Command, config: Option<&Config>, terminal: &Terminal
         Command::Run(args) => run::run(config, args, terminal, stop).await,
         Command::Status(args) => status::run(config, args, stop).await,
         Command::Verify(args) => verify::run(config, args).await,
-        Command::Cutover(args) => cutover::run(config, args).await,
+        Command::Cutover(args) => return cutover::run(config, args, stop).await,
         Command::Rollback(args) => rollback::run(config, args).await,
         Command::Resync(args) => resync::run(config, args).await,
         Command::Snapshot(args) => snapshot::run(config, args, stop).await,
         Command::Clean(args) => clean::run(config, args).await,
         Command::Demo(_) | Command::Completions(_) => Ok(()),
     }
+    .map(|()| End::Done)
 }
 
 /// Says to stderr what went wrong and what to do about it: one line of JSON for programs, else for people.

@@ -30,11 +30,15 @@ pub struct Args {
 /// Holds the snapshot until told to stop.
 ///
 /// # Errors
-/// The slot cannot be made, or the connection that holds the snapshot was lost. Class held: a daemon runs this move.
+/// Class no: preflight found something that blocks. The slot cannot be made, or the connection that holds the snapshot was lost. Class held: a daemon runs this move.
 pub async fn run(config: &Config, args: &Args, stop: &CancellationToken) -> Result<()> {
     let source = Server::new(Side::Source, config.source.clone(), config.name.as_str())?;
     let target = Server::new(Side::Target, config.target.clone(), config.name.as_str())?;
-    let store = Store::new(target, config.name.clone());
+    let store = Store::new(target.clone(), config.name.clone());
+    // A move that has its slot is refused below, whatever preflight would say by now.
+    if store.find().await?.is_none_or(|record| record.slot_lsn.is_none()) {
+        preflight::require(config, &source, &target).await?;
+    }
     let identity = preflight::identity(&*source.connect("snapshot").await?).await?;
     store.install(&identity).await?;
     let Some(leadership) = store.try_lead().await? else {

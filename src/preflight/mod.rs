@@ -33,7 +33,7 @@ pub use report::Report;
 pub use subscriptions::subscriptions_enabled;
 
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Class, Error, Result};
 use crate::postgres::{Server, Session, Side};
 use crate::state::{Phase, Store};
 use look::{Look, Place};
@@ -88,6 +88,25 @@ pub async fn run(config: &Config, source: &Server, target: &Server) -> Report {
     answer(&mut found, Side::Source, "whether a replication connection is let in", role);
     found.extend(examine(config, &source_sessions[0], &target_sessions[0], begun).await);
     Report::new(found)
+}
+
+/// For those who are about to begin a move: logs every finding, and refuses if one of them blocks.
+///
+/// # Errors
+/// Class no: there are blocking findings. Class wait: a server cannot be reached.
+pub async fn require(config: &Config, source: &Server, target: &Server) -> Result<()> {
+    let report = run(config, source, target).await;
+    for finding in &report.findings {
+        tracing::info!(code = finding.code, severity = finding.severity.as_str(), "preflight: {}", finding.what);
+    }
+    let blocking = report.blocking().count();
+    if blocking == 0 {
+        return Ok(());
+    }
+    let (class, code) =
+        if report.unreachable() { (Class::Wait, "unreachable") } else { (Class::No, "preflight_blocked") };
+    let message = format!("{blocking} findings block the move\n{}", report.to_text(false));
+    Err(Error::new(class, code, message).hint("mend them and start again; `pgtandem check` shows them any time"))
 }
 
 /// Two sessions: one to ask with, one beside it.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Store, json, unknown_word};
-use crate::error::{Doing, Result};
+use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::Session;
 
 /// What can be asked of a running daemon.
@@ -16,6 +16,8 @@ pub enum RequestKind {
 }
 
 impl RequestKind {
+    const ALL: [Self; 2] = [Self::Cutover, Self::Verify];
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::Cutover => "cutover",
@@ -60,9 +62,10 @@ fn request(row: &tokio_postgres::Row) -> Result<Request> {
     Ok(Request {
         id: row.try_get(0)?,
         kind: match row.try_get::<_, String>(1)?.as_str() {
-            "cutover" => RequestKind::Cutover,
-            "verify" => RequestKind::Verify,
-            other => return Err(unknown_word("request kind", other)),
+            word => RequestKind::ALL
+                .into_iter()
+                .find(|kind| kind.as_str() == word)
+                .ok_or_else(|| unknown_word("request kind", word))?,
         },
         arguments: json(&row.try_get::<_, String>(2)?)?,
         state: match row.try_get::<_, String>(3)?.as_str() {
@@ -111,11 +114,12 @@ impl Store {
         Ok(session)
     }
 
-    /// Takes the oldest waiting request, and turns down those that are too old.
+    /// Takes the oldest waiting request, and turns down those that are too old and those that this version does not know.
     ///
     /// # Errors
     /// The connection's.
     pub async fn take_request(&self) -> Result<Option<Request>> {
+        self.refuse_unknown_requests().await?;
         let session = self.session().await?;
         let client = session.get()?;
         client
@@ -137,6 +141,31 @@ impl Store {
             .await
             .doing(|| "taking a request")?;
         row.as_ref().map(request).transpose()
+    }
+
+    /// A newer client may ask for what this daemon cannot do. That is answered with no; it must not end the move.
+    async fn refuse_unknown_requests(&self) -> Result<()> {
+        let error =
+            Error::new(Class::No, "unknown_request", "the daemon is of a version that does not know this request")
+                .hint("run the daemon in the version of the command that asks");
+        let answer = serde_json::json!({
+            "error": {"code": error.code(), "message": error.to_string(), "hint": error.hint_text()},
+        });
+        let known: Vec<&str> = RequestKind::ALL.iter().map(|kind| kind.as_str()).collect();
+        let session = self.session().await?;
+        let refused = session
+            .get()?
+            .execute(
+                "UPDATE pgtandem.request SET state = 'failed', answer = $3::text::jsonb
+                 WHERE move = $1 AND state = 'waiting' AND kind <> ALL ($2)",
+                &[&self.name.as_str(), &known, &answer.to_string()],
+            )
+            .await
+            .doing(|| "turning down unknown requests")?;
+        if refused > 0 {
+            tracing::warn!(code = error.code(), refused, "{error}");
+        }
+        Ok(())
     }
 
     /// Answers a request.

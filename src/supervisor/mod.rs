@@ -35,8 +35,6 @@ const STANDBY_EVERY: Duration = Duration::from_secs(1);
 /// The first wait after an error; each one doubles, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// The last words (`done`, the write pause) stay readable for a scrape.
-const LINGER: Duration = Duration::from_millis(200);
 
 /// When to stop by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,9 +96,8 @@ pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &
     let outcome = supervisor.supervise().await;
     if let Err(error) = &outcome {
         supervisor.telemetry.standing_error(Some(error));
-    } else {
-        tokio::time::sleep(LINGER).await;
     }
+    http::linger(&supervisor.telemetry, stop).await;
     beside.cancel();
     tasks.close();
     tasks.wait().await;
@@ -137,13 +134,7 @@ impl Supervisor<'_> {
                 }
             });
         }
-        tasks.spawn(sampler::run(
-            self.source.clone(),
-            self.config.name.slot(),
-            self.store.clone(),
-            self.telemetry.clone(),
-            cancel.clone(),
-        ));
+        tasks.spawn(sampler::run(self.source.clone(), self.config.name.slot(), self.telemetry.clone(), cancel.clone()));
         tasks.spawn(progress::show(self.telemetry.clone(), terminal.clone(), cancel.clone()));
         Ok(tasks)
     }
@@ -217,7 +208,7 @@ impl Supervisor<'_> {
             }
             None => {
                 self.telemetry.phase(Phase::Preflight);
-                self.preflight().await?;
+                preflight::require(self.config, &self.source, &self.target).await?;
             }
         }
         // Also for a move that began before: a newer version may keep more.
@@ -238,21 +229,6 @@ impl Supervisor<'_> {
             ),
         )
         .hint("correct source.url, or run `pgtandem clean`, empty the target and begin the move again"))
-    }
-
-    async fn preflight(&self) -> Result<()> {
-        let report = preflight::run(self.config, &self.source, &self.target).await;
-        for finding in &report.findings {
-            tracing::info!(code = finding.code, severity = finding.severity.as_str(), "preflight: {}", finding.what);
-        }
-        let blocking: Vec<_> = report.blocking().collect();
-        if blocking.is_empty() {
-            return Ok(());
-        }
-        let (class, code) =
-            if report.unreachable() { (Class::Wait, "unreachable") } else { (Class::No, "preflight_blocked") };
-        let message = format!("{} findings block the move\n{}", blocking.len(), report.to_text(false));
-        Err(Error::new(class, code, message).hint("mend them and start again; `pgtandem check` shows them any time"))
     }
 
     /// Waits until no other daemon holds the move; `None` if told to stop.

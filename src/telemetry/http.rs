@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -33,6 +33,10 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 const WATCHERS: usize = 64;
 /// How long a request in progress may hold up the end of the daemon.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// How long the end of the daemon waits for a last scrape: above the usual interval of 10 s.
+const LAST_SCRAPE: Duration = Duration::from_secs(15);
+/// A scrape within this says that another one will come.
+const SCRAPED_LATELY: Duration = Duration::from_secs(60);
 
 /// A bound listener that does not answer yet.
 #[derive(Debug)]
@@ -91,6 +95,18 @@ fn refused(address: SocketAddr, error: std::io::Error) -> Error {
         .because(error)
 }
 
+/// Keeps the end of a move in sight: returns once `/metrics` was asked again, [`LAST_SCRAPE`] have passed, or `stop` is
+/// cancelled. Where nobody scrapes, nobody is waited for.
+pub async fn linger(telemetry: &Telemetry, stop: &CancellationToken) {
+    let mut scraped = telemetry.0.scraped.subscribe();
+    let waits = scraped.borrow_and_update().is_some_and(|last| last.elapsed() < SCRAPED_LATELY);
+    if waits && !stop.is_cancelled() {
+        tracing::info!("waiting until the last figures were scraped, {} s at most", LAST_SCRAPE.as_secs());
+        // Whichever comes first, the daemon ends.
+        drop(stop.run_until_cancelled(tokio::time::timeout(LAST_SCRAPE, scraped.changed())).await);
+    }
+}
+
 fn routes(app: App) -> Router {
     Router::new()
         .route("/", get(page))
@@ -112,7 +128,9 @@ async fn page() -> Response {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    match app.telemetry.metrics_text() {
+    let printed = app.telemetry.metrics_text();
+    app.telemetry.0.scraped.send_replace(Some(Instant::now()));
+    match printed {
         Ok(body) => typed(StatusCode::OK, METRICS_TYPE, body),
         Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
     }

@@ -23,6 +23,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::config::MoveName;
@@ -45,6 +46,7 @@ struct Inner {
     positions: Positions,
     tables: RwLock<Tables>,
     model: Mutex<Model>,
+    scraped: watch::Sender<Option<Instant>>,
 }
 
 /// A reason why the move cannot go on or be cut over, for status and metrics.
@@ -134,6 +136,7 @@ impl Telemetry {
             positions: Positions::default(),
             tables: RwLock::default(),
             model: Mutex::default(),
+            scraped: watch::Sender::default(),
         }))
     }
 
@@ -465,15 +468,6 @@ impl Telemetry {
         model.show(metrics, &self.0.positions, ready);
         drop(model);
         metrics.text()
-    }
-
-    /// Tables whose rows are on their way: name, rows, bytes. For `Store::report_copying`.
-    #[must_use]
-    pub fn copying(&self) -> Vec<(QualifiedName, u64, u64)> {
-        self.read_tables(|tables| {
-            let copying = tables.iter().filter(|(_, table)| table.state() == TableState::Copying);
-            copying.map(|(name, table)| (name.clone(), table.rows(), table.bytes())).collect()
-        })
     }
 
     /// Sums up the tables and lets both rates see the totals.

@@ -1,4 +1,4 @@
-//! Asks the source once a second how far its log is, and writes the copy's progress down for `status`.
+//! Asks the source once a second how far its log is.
 //!
 //! Owns the connection `monitor`. Promises that nothing it meets ends the daemon: a source that does not answer is
 //! asked again, each time a little later. Every question has a deadline. Never writes to the source.
@@ -12,10 +12,8 @@ use super::{SourceSample, Telemetry, redact};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::lsn::InvalidLsn;
 use crate::postgres::{Lsn, Server, Session};
-use crate::state::Store;
 
 const EVERY: Duration = Duration::from_secs(1);
-const REPORT_EVERY: Duration = Duration::from_secs(2);
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
@@ -107,16 +105,13 @@ pub async fn server_version(server: &Server) -> Option<String> {
     within(CONNECT_WITHIN, asked).await.ok()
 }
 
-/// Samples the source and reports the copy's progress to the state until cancelled.
-pub async fn run(server: Server, slot: String, store: Store, telemetry: Telemetry, cancel: CancellationToken) {
-    let work = async {
-        tokio::join!(watch(Source::new(server, slot, "monitor"), &telemetry), report(&store, &telemetry));
-    };
-    cancel.run_until_cancelled(work).await;
+/// Samples the source until cancelled.
+pub async fn run(server: Server, slot: String, telemetry: Telemetry, cancel: CancellationToken) {
+    cancel.run_until_cancelled(watch(Source::new(server, slot, "monitor"), &telemetry)).await;
 }
 
 /// An outage is one error: its repetitions are for the debug log.
-async fn watch(mut source: Source, telemetry: &Telemetry) {
+async fn watch(mut source: Source, telemetry: &Telemetry) -> std::convert::Infallible {
     let mut wait = EVERY;
     let mut failing = false;
     loop {
@@ -136,24 +131,5 @@ async fn watch(mut source: Source, telemetry: &Telemetry) {
             }
         }
         tokio::time::sleep_until(began + wait).await;
-    }
-}
-
-/// `status` without this daemon's help shows what is written here. A failure costs only freshness.
-async fn report(store: &Store, telemetry: &Telemetry) {
-    let mut reported = Vec::new();
-    loop {
-        tokio::time::sleep(REPORT_EVERY).await;
-        let copying = telemetry.copying();
-        if copying == reported {
-            continue;
-        }
-        match within(ANSWER_WITHIN, store.report_copying(&copying)).await {
-            Ok(()) => reported = copying,
-            Err(error) => tracing::debug!(
-                error = redact::shown(&error.to_string()),
-                "the progress of the copy could not be written down"
-            ),
-        }
     }
 }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -521,4 +522,25 @@ async fn an_address_in_use_is_a_clear_error() {
     assert_eq!((error.class(), error.code()), (Class::Usage, "http_listen"));
     assert!(error.to_string().contains(&served.address.to_string()), "{error}");
     assert!(error.hint_text().is_some_and(|hint| hint.contains("http.listen")));
+}
+
+#[tokio::test]
+async fn the_end_waits_for_a_scrape_only_where_somebody_scrapes() {
+    let (telemetry, stop) = (Telemetry::default(), CancellationToken::new());
+    let served = serve(telemetry.clone()).await;
+    // Given nobody who ever scraped, then nobody is waited for.
+    assert!(http::linger(&telemetry, &stop).now_or_never().is_some());
+
+    // Given one who does, then the end waits for the next scrape.
+    served.ask("GET", "/metrics").await;
+    let mut lingering = std::pin::pin!(http::linger(&telemetry, &stop));
+    assert!(lingering.as_mut().now_or_never().is_none());
+    served.ask("GET", "/status").await;
+    assert!(lingering.as_mut().now_or_never().is_none());
+    served.ask("GET", "/metrics").await;
+    assert!(lingering.as_mut().now_or_never().is_some());
+
+    // Given that the daemon is told to stop, then it does.
+    stop.cancel();
+    assert!(http::linger(&telemetry, &stop).now_or_never().is_some());
 }

@@ -227,7 +227,7 @@ fn guidance(status: &Status) -> (&'static str, &'static str) {
             ("The changes made during the copy are being applied.", "wait until the phase is follow")
         }
         Some(Phase::Follow) if status.ready => {
-            ("The target follows the source.", "`pgtandem verify` if you like, then `pgtandem cutover`")
+            ("The target follows the source.", "`pgtandem cutover --dry-run`, then `pgtandem cutover`")
         }
         Some(Phase::Follow) => ("The target follows the source.", "wait until ready, or see what is in the way"),
         Some(Phase::Cutover) => {

@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod clean;
 mod command_line;
 mod connecting;
 mod copy;
