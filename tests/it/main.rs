@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod applying;
 mod command_line;
 mod connecting;
 mod copy;
