@@ -77,6 +77,7 @@ struct Inner {
     doing: Vec<String>,
     hint: Option<String>,
     sqlstate: Option<String>,
+    detail: Option<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -91,6 +92,7 @@ impl Error {
             doing: Vec::new(),
             hint: None,
             sqlstate: None,
+            detail: None,
             source: None,
         }))
     }
@@ -120,6 +122,14 @@ impl Error {
     #[must_use]
     pub fn sqlstate_code(mut self, code: impl Into<String>) -> Self {
         self.0.sqlstate = Some(code.into());
+        self
+    }
+
+    /// Sets what the server said beyond its message. It may hold data of rows, so it is no part of the error's text,
+    /// which goes into logs, the state and the status.
+    #[must_use]
+    pub fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.0.detail = Some(detail.into());
         self
     }
 
@@ -159,6 +169,12 @@ impl Error {
     #[must_use]
     pub fn sqlstate(&self) -> Option<&str> {
         self.0.sqlstate.as_deref()
+    }
+
+    /// What the server said beyond its message, if anything; may hold data of rows.
+    #[must_use]
+    pub fn detail(&self) -> Option<&str> {
+        self.0.detail.as_deref()
     }
 }
 

@@ -13,7 +13,7 @@ mod pipeline;
 mod queue;
 mod reader;
 mod relation;
-pub mod scope;
+mod slot;
 pub mod unkeyed;
 pub(crate) mod watching;
 
@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::slot::Slot;
 use crate::config::{Config, MissingRow, MoveName};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::{ReplicationStream, Walsender};
@@ -34,6 +35,9 @@ use crate::telemetry::Telemetry;
 
 /// How often progress is written for a source that has nothing for us.
 const IDLE_PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// After a stop, so long may each end take to finish what it has begun: the target its batch, the source our last word.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// What the target durably holds, as the applier last committed it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,9 +121,13 @@ impl Follow<'_> {
     /// Follows from durable progress until `stop`; returns early with the error that ended it. Either way nothing is
     /// lost: calling it again goes on from what is durable.
     ///
+    /// A stop waits for the batch in progress, but not long: a target whose table is locked, or that is gone behind
+    /// a connection that does not know it yet, might answer in hours. Then the batch is abandoned, which is the same as
+    /// a death: the target holds all of it or nothing, and progress tells which.
+    ///
     /// # Errors
-    /// Class retry: a connection or the target's transaction was lost. Class operator: the sides differ, the slot is not
-    /// ours any more, a table has another shape.
+    /// Class retry: a connection or the target's transaction was lost. Class operator: the sides differ, the slot or the
+    /// source is not ours any more, a table has another shape.
     pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
         let reached = watch::channel(Lsn::ZERO).0;
         let outcome = self.attempt(stop, Lsn::ZERO, &reached).await;
@@ -136,21 +144,80 @@ impl Follow<'_> {
     }
 
     async fn attempt(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<()> {
+        // Until the stream stands, nothing has begun that a stop would have to finish.
+        let Ends { reader, applier, backend, moved } = tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            ends = self.begin(one_by_one, reached) => ends?,
+        };
+        // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
+        // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
+        let (reader_stop, applier_stop) = (CancellationToken::new(), stop.child_token());
+        let mut reading = tokio::spawn(reader.run(reader_stop.clone()));
+        let mut applying = std::pin::pin!(applier.run(applier_stop.clone()));
+        let mut watching = std::pin::pin!(watching::watch(self.source, self.config, self.publications, &moved));
+        let mut noticed = None;
+        let applied = loop {
+            tokio::select! {
+                biased;
+                applied = &mut applying => break applied,
+                Err(error) = &mut watching, if noticed.is_none() => {
+                    noticed = Some(error);
+                    applier_stop.cancel();
+                }
+                () = grace_after(&applier_stop) => {
+                    reader_stop.cancel();
+                    self.abandon(backend).await;
+                    break Ok(());
+                }
+            }
+        };
+        reader_stop.cancel();
+        let read = match tokio::time::timeout(STOP_GRACE, &mut reading).await {
+            Ok(Ok(read)) => read,
+            Ok(Err(panicked)) => Err(Error::bug(format!("the reader ended: {panicked}"))),
+            Err(_) => {
+                reading.abort();
+                Err(Error::new(Class::Retry, "source_silent", "the source does not take the last confirmation"))
+            }
+        };
+        // What the applier says counts more: the reader's error is often only its echo.
+        if let Err(error) = applied {
+            self.lost(&error, Side::Target);
+            return Err(error.doing("applying changes on the target"));
+        }
+        if let Some(noticed) = noticed {
+            return Err(noticed);
+        }
+        match read {
+            Err(error) if !stop.is_cancelled() => {
+                self.lost(&error, Side::Source);
+                Err(error.doing("reading the stream of the source"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens what both ends need, from durable progress on.
+    async fn begin(&self, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
+        let slot = Slot::new(self.source, &self.config.name);
         let progress = self.store.progress().await?;
-        let version = self.check_slot(progress.lsn).await?;
+        let version = slot.check(progress.lsn).await?;
         self.durable.send_modify(|durable| {
             durable.lsn = progress.lsn;
             durable.commit_micros = progress.commit_micros;
         });
         self.telemetry.applied(progress.lsn, progress.commit_micros);
 
-        let pipeline = pipeline::Pipeline::new(self.apply_connection().await?);
+        let wire = self.apply_connection().await?;
+        let backend = wire.process_id();
+        let pipeline = pipeline::Pipeline::new(wire);
         let catalog = self.target.connect("catalog").await?;
         let tables = self.store.tables().await?;
         let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
         let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
-        let reader = reader::Reader::new(stream, sender, self.durable.subscribe(), self.telemetry.clone());
+        let reader = reader::Reader::new(stream, slot, sender, self.durable.subscribe(), self.telemetry.clone());
         let applier = apply::Applier {
             settings: Settings {
                 move_name: self.config.name.clone(),
@@ -176,44 +243,25 @@ impl Follow<'_> {
             idle: None,
             idle_written: Instant::now(),
         };
-        // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
-        // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
-        let reader_stop = CancellationToken::new();
-        let applier_stop = stop.child_token();
-        let applied = async {
-            let outcome = applier.run(applier_stop.clone()).await;
-            reader_stop.cancel();
-            outcome
+        Ok(Ends { reader, applier, backend, moved })
+    }
+
+    /// Ends the session of an abandoned batch. A server that waits for a lock does not notice that its client is gone,
+    /// and would keep the locks of the batch until then. If it cannot be reached, the end of the connection has to do.
+    async fn abandon(&self, backend: i32) {
+        tracing::info!(
+            "the target did not finish the batch in time; it is abandoned, and applied again at the next start"
+        );
+        // Something between may have made up the process id: it must be a session of that name.
+        let application_name = self.target.application_name("apply");
+        let ended = async {
+            let session = self.target.connect("stop").await?;
+            session.query(END_SESSION, &[&backend, &application_name]).await.map(drop).map_err(Error::from)
         };
-        let reading = tokio::spawn(reader.run(reader_stop.clone()));
-        let mut applied = std::pin::pin!(applied);
-        let mut noticed = None;
-        let applied = tokio::select! {
-            applied = &mut applied => applied,
-            Err(error) = watching::watch(self.source, self.config, self.publications, &moved) => {
-                noticed = Some(error);
-                applier_stop.cancel();
-                applied.await
-            }
-        };
-        let read = match reading.await {
-            Ok(read) => read,
-            Err(panicked) => Err(Error::bug(format!("the reader ended: {panicked}"))),
-        };
-        // What the applier says counts more: the reader's error is often only its echo.
-        if let Err(error) = applied {
-            self.lost(&error, Side::Target);
-            return Err(error.doing("applying changes on the target"));
-        }
-        if let Some(noticed) = noticed {
-            return Err(noticed);
-        }
-        match read {
-            Err(error) if !stop.is_cancelled() => {
-                self.lost(&error, Side::Source);
-                Err(error.doing("reading the stream of the source"))
-            }
-            _ => Ok(()),
+        match tokio::time::timeout(STOP_GRACE, ended).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "the session of the batch could not be ended"),
+            Err(_) => tracing::debug!("the session of the batch could not be ended in time"),
         }
     }
 
@@ -233,7 +281,8 @@ impl Follow<'_> {
     }
 
     async fn stream(&self, from: Lsn, version: i32) -> Result<ReplicationStream> {
-        let walsender = Walsender::connect(self.source, "stream").await?;
+        let mut walsender = Walsender::connect(self.source, "stream").await?;
+        slot::check_identity(self.store.find().await?.as_ref(), &walsender.identify_system().await?)?;
         let publications: Vec<String> =
             self.publications.iter().map(|name| crate::postgres::quote_identifier(name)).collect();
         let mut options = vec![("proto_version", "1".to_owned()), ("publication_names", publications.join(","))];
@@ -244,48 +293,25 @@ impl Follow<'_> {
         }
         walsender.stream(&self.config.name.slot(), from, &options).await
     }
+}
 
-    /// The slot must be the one that our progress belongs to: confirmed up to progress at most, for we never confirm
-    /// more. A slot that was made again, or moved on by someone else, has lost changes that we do not have. Returns the
-    /// source's `server_version_num`.
-    async fn check_slot(&self, progress: Lsn) -> Result<i32> {
-        let slot = self.config.name.slot();
-        let session = self.source.connect("slot").await?;
-        let row = session
-            .query_opt(
-                "SELECT plugin::text, confirmed_flush_lsn::text, wal_status = 'lost',
-                        database = pg_catalog.current_database(),
-                        pg_catalog.current_setting('server_version_num')::int4
-                 FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-                &[&slot],
-            )
-            .await
-            .doing(|| format!("looking for the slot {slot}"))?;
-        let lost = |code: &'static str, what: String| {
-            Error::new(Class::Operator, code, what).hint(
-                "changes are missing between the target and the source: run `pgtandem clean`, empty the target and \
-                 begin the move again",
-            )
-        };
-        let Some(row) = row else {
-            return Err(lost("slot_missing", format!("the source has no slot {slot} any more")));
-        };
-        if row.try_get::<_, Option<bool>>(2)? == Some(true) {
-            return Err(lost("slot_lost", format!("the source gave up the WAL that the slot {slot} needs")));
-        }
-        if row.try_get::<_, Option<String>>(0)?.as_deref() != Some("pgoutput")
-            || row.try_get::<_, Option<bool>>(3)? != Some(true)
-        {
-            return Err(lost("slot_foreign", format!("the slot {slot} belongs to another plugin or database")));
-        }
-        let confirmed: Option<String> = row.try_get(1)?;
-        let confirmed: Option<Lsn> = confirmed.and_then(|text| text.parse().ok());
-        match confirmed {
-            Some(confirmed) if confirmed > progress => Err(lost(
-                "slot_advanced",
-                format!("the slot {slot} stands at {confirmed}, beyond what the target holds ({progress})"),
-            )),
-            _ => Ok(row.try_get(4)?),
-        }
-    }
+/// `$1` process id, `$2` application name.
+const END_SESSION: &str = "
+    SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+    WHERE pid = $1 AND application_name = $2 AND datname = pg_catalog.current_database()";
+
+/// The two ends of a run, ready to go.
+struct Ends {
+    reader: reader::Reader,
+    applier: apply::Applier,
+    /// The tables of the move.
+    moved: HashSet<QualifiedName>,
+    /// The process id of the applying session on the target.
+    backend: i32,
+}
+
+/// Completes [`STOP_GRACE`] after the stop.
+async fn grace_after(stop: &CancellationToken) {
+    stop.cancelled().await;
+    tokio::time::sleep(STOP_GRACE).await;
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Durable;
 use super::queue::{Sender, Weight};
+use super::slot::Slot;
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
@@ -20,7 +21,8 @@ use crate::telemetry::Telemetry;
 /// How often the source hears from us, also when nothing happens.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 
-/// A source that says nothing for so long, though it was asked, is gone. The default `wal_sender_timeout`.
+/// A source that says nothing for so long, though it was asked, is gone, unless its walsender is seen to work. The default
+/// `wal_sender_timeout`.
 const SILENCE: Duration = Duration::from_secs(60);
 
 /// A chunk is handed on once it holds so much, even if more was read already, in bytes.
@@ -38,6 +40,7 @@ pub(super) enum Delivery {
 /// See the module's first lines.
 pub(super) struct Reader {
     stream: ReplicationStream,
+    slot: Slot,
     queue: Sender<Vec<Delivery>>,
     durable: watch::Receiver<Durable>,
     telemetry: Telemetry,
@@ -45,12 +48,14 @@ pub(super) struct Reader {
     received: Lsn,
     confirmed: Lsn,
     inside_transaction: bool,
+    /// When the source last said something, or was last seen to work.
     last_heard: Instant,
 }
 
 impl Reader {
     pub(super) fn new(
         stream: ReplicationStream,
+        slot: Slot,
         queue: Sender<Vec<Delivery>>,
         durable: watch::Receiver<Durable>,
         telemetry: Telemetry,
@@ -60,6 +65,7 @@ impl Reader {
         let from = durable.borrow().lsn;
         Self {
             stream,
+            slot,
             queue,
             durable,
             telemetry,
@@ -183,11 +189,17 @@ impl Reader {
     /// that it lives.
     async fn report(&mut self) -> Result<()> {
         if self.last_heard.elapsed() > SILENCE {
-            return Err(Error::new(
-                Class::Retry,
-                "source_silent",
-                format!("the source said nothing for {} seconds though it was asked", SILENCE.as_secs()),
-            ));
+            // While it decodes a huge transaction for which it has nothing to send, a walsender may not answer. To begin
+            // again would make it decode from the start, and never get through.
+            if !self.slot.is_decoding().await {
+                return Err(Error::new(
+                    Class::Retry,
+                    "source_silent",
+                    format!("the source said nothing for {} seconds though it was asked", SILENCE.as_secs()),
+                ));
+            }
+            tracing::info!(slot = self.slot.name(), "the source says nothing, but it decodes: waiting for it");
+            self.last_heard = Instant::now();
         }
         self.confirm(true).await
     }

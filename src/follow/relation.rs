@@ -10,8 +10,9 @@ use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::Relation;
 use crate::postgres::{Lsn, QualifiedName, Session, quote_identifier};
 
-/// Types below this oid are built in and have the same oid everywhere (`FirstNormalObjectId`).
-const FIRST_USER_OID: u32 = 16384;
+/// Types below this oid have the same oid everywhere (`FirstGenbkiObjectId`). From here up to 16383 oids are given out by
+/// initdb, and differ between versions (the domains of `information_schema`); the stream names every type from here on.
+const FIRST_USER_OID: u32 = 10_000;
 
 /// A table as the target's catalog describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,9 +26,8 @@ pub(super) struct TargetTable {
 pub(super) struct TargetColumn {
     pub name: String,
     pub type_oid: u32,
-    pub type_name: QualifiedName,
     /// What is below a domain, and below the domain that that may be of; else the type itself. The stream names this.
-    pub base_type: QualifiedName,
+    pub type_name: QualifiedName,
     pub type_modifier: i32,
     pub generated: bool,
     pub primary_key: bool,
@@ -41,20 +41,17 @@ pub(super) struct TargetColumn {
 /// an extension has its `=` in the extension's schema, which is on no search path of ours.
 const TARGET_TABLE: &str = r"
     SELECT c.relkind = 'p', a.attname::text, a.atttypid, tn.nspname::text, t.typname::text, a.atttypmod,
-           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator, base.schema, base.name
+           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    LEFT JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
-    LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
     LEFT JOIN LATERAL (
-        WITH RECURSIVE below AS (
-            SELECT t.typtype, t.typnamespace, t.typname, t.typbasetype
+        WITH RECURSIVE chain AS (
+            SELECT y.* FROM pg_catalog.pg_type y WHERE y.oid = a.atttypid
             UNION ALL
-            SELECT b.typtype, b.typnamespace, b.typname, b.typbasetype
-            FROM below JOIN pg_catalog.pg_type b ON b.oid = below.typbasetype WHERE below.typtype = 'd')
-        SELECT bn.nspname::text AS schema, below.typname::text AS name
-        FROM below JOIN pg_catalog.pg_namespace bn ON bn.oid = below.typnamespace WHERE below.typtype <> 'd') base ON true
+            SELECT y.* FROM chain JOIN pg_catalog.pg_type y ON y.oid = chain.typbasetype WHERE chain.typtype = 'd')
+        SELECT typname, typnamespace FROM chain WHERE typtype <> 'd') t ON true
+    LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
     LEFT JOIN LATERAL (
         SELECT i.indisprimary AND i.indimmediate AS primary_key,
                pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname) AS operator
@@ -88,7 +85,6 @@ pub(super) async fn read_target(session: &Session, name: &QualifiedName) -> Resu
             name,
             type_oid: row.try_get(2)?,
             type_name: QualifiedName { schema: row.try_get(3)?, name: row.try_get(4)? },
-            base_type: QualifiedName { schema: row.try_get(9)?, name: row.try_get(10)? },
             type_modifier: row.try_get(5)?,
             generated: row.try_get(6)?,
             primary_key: row.try_get(7)?,
@@ -157,11 +153,12 @@ impl Plan {
                 return Err(shape(&table, &format!("column {:?} is missing on the target", column.name)));
             };
             let same_type = if column.type_oid < FIRST_USER_OID {
-                column.type_oid == found.type_oid && column.type_modifier == found.type_modifier
+                column.type_oid == found.type_oid
             } else {
-                types.get(&column.type_oid).is_none_or(|name| *name == found.base_type)
+                types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
             };
-            if !same_type {
+            // The modifier of an extension's type, such as geometry(Point), says as much as that of varchar(10).
+            if !same_type || column.type_modifier != found.type_modifier {
                 return Err(shape(&table, &format!("column {:?} has another type on the target", column.name)));
             }
             columns.push(PlannedColumn {
@@ -345,7 +342,6 @@ mod tests {
                     name: (*name).into(),
                     type_oid: *type_oid,
                     type_name: QualifiedName::new("pg_catalog", "int4"),
-                    base_type: QualifiedName::new("pg_catalog", "int4"),
                     type_modifier: -1,
                     generated: *generated,
                     primary_key: *primary_key,
@@ -402,6 +398,28 @@ mod tests {
         )
         .unwrap();
         assert!(!plan.insert().contains("sum"));
+    }
+
+    #[test]
+    fn types_made_by_initdb_are_known_by_name_and_modifier() {
+        // information_schema.sql_identifier has another oid on each version, and is a domain over name.
+        let source = relation(b'd', &[("id", true, 23), ("v", false, 13_300)]);
+        let mut other = target(&[("id", 23, true, false), ("v", 14_200, false, false)]);
+        other.columns[1].type_name = QualifiedName::new("pg_catalog", "name");
+        let named = |name| HashMap::from([(13_300, QualifiedName::new("pg_catalog", name))]);
+        let with = |target: &TargetTable, name| Plan::new(&source, Some(target), &named(name), None, 0);
+        assert!(with(&other, "name").is_ok());
+        assert_eq!(with(&other, "text").unwrap_err().code(), "shape_differs");
+        other.columns[1].type_modifier = 14;
+        assert_eq!(with(&other, "name").unwrap_err().code(), "shape_differs");
+    }
+
+    #[test]
+    fn a_key_is_compared_as_the_type_of_its_column() {
+        let mut keyed = target(&[("id", 16_400, true, false)]);
+        keyed.columns[0].type_name = QualifiedName::new("app", "pair");
+        let plan = plan(&relation(b'd', &[("id", true, 16_500)]), &keyed).unwrap();
+        assert!(plan.delete(&[]).ends_with(r#""id" OPERATOR(pg_catalog.=) $1::"app"."pair""#), "{}", plan.delete(&[]));
     }
 
     #[test]

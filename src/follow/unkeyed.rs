@@ -12,16 +12,18 @@ use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use super::scope;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{self, ReplicaIdentity, Table};
 use crate::postgres::{QualifiedName, Server, Session};
 use crate::state::Store;
 use crate::telemetry::Blocker;
-use crate::verify::{self, Depth};
+use crate::verify::{Comparison, Depth};
 
 /// How many tables are compared at a time.
 const WORKERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(3);
+
+/// So many tables are named.
+const NAMED: usize = 10;
 
 /// A table that was found to differ is read again after this, or after ten times as long as reading it took.
 const COMPARE_AGAIN: Duration = Duration::from_secs(10);
@@ -85,7 +87,7 @@ async fn compare(source: &Server, target: &Server, which: impl Fn(&Table) -> boo
     if tables.is_empty() {
         return Ok(Vec::new());
     }
-    let different = verify::compare(source, target, &tables, Depth::Full, WORKERS).await?;
+    let different = Comparison::prepare(source, target, tables, Depth::Full, WORKERS).await?.run().await?;
     Ok(different.into_iter().map(|difference| difference.table).collect())
 }
 
@@ -170,20 +172,25 @@ async fn risen_counters(source: &Server, store: &Store) -> Result<Vec<(Qualified
 }
 
 fn blocker(tables: &[QualifiedName]) -> Option<Blocker> {
-    let names = scope::some(tables)?;
+    if tables.is_empty() {
+        return None;
+    }
+    let names = tables.iter().take(NAMED).map(QualifiedName::plain).collect::<Vec<_>>().join(", ");
     let alter: Vec<String> =
         tables.iter().take(3).map(|t| format!("`ALTER TABLE {t} REPLICA IDENTITY FULL`")).collect();
-    Some(scope::blocker(
-        "unkeyed_changed",
-        format!(
-            "without a replica identity, updated or deleted from since the copy, and not the same on both sides: {names}"
+    Some(Blocker {
+        code: "unkeyed_changed",
+        message: format!(
+            "{} tables without a replica identity were updated or deleted from since the copy, and are not the same on \
+             both sides: {names}",
+            tables.len()
         ),
-        format!(
+        hint: format!(
             "such changes are not carried. If this does not go away while the table rests: {} on the source (or \
              exclude it), then `pgtandem clean`, empty the target and begin again",
             alter.join(", ")
         ),
-    ))
+    })
 }
 
 async fn counts(session: &Session, tables: &[&QualifiedName]) -> Result<Vec<(QualifiedName, i64)>> {

@@ -51,6 +51,16 @@ impl Walsender {
         self.wire.process_id()
     }
 
+    /// The server's system identifier, which is made by initdb and stays with a cluster and its standbys.
+    ///
+    /// # Errors
+    /// The server's, or the connection's.
+    pub async fn identify_system(&mut self) -> Result<String> {
+        let rows = self.wire.query("IDENTIFY_SYSTEM").await.doing(|| "asking the source for its identity")?;
+        let first = rows.into_iter().next().and_then(|row| row.into_iter().next());
+        first.flatten().ok_or_else(|| Error::bug("IDENTIFY_SYSTEM returned an unexpected row"))
+    }
+
     /// Makes a logical slot for pgoutput and exports the snapshot of its consistent point. Waits for every
     /// transaction that was running when it began. A temporary slot goes with this connection.
     ///

@@ -36,6 +36,9 @@ const LOGIN_PATIENCE: Duration = Duration::from_secs(30);
 /// How much room a read is given at least, in bytes.
 const READ_ROOM: usize = 256 * 1024;
 
+/// A buffer that grew beyond this is given back once messages are small again, in bytes.
+const KEPT_ROOM: usize = 1024 * 1024;
+
 /// No message of ours or theirs is longer, in bytes: a value has at most 1 GiB, a row a little more.
 const LONGEST_MESSAGE: usize = 0x7fff_ffff;
 
@@ -257,7 +260,7 @@ impl Wire {
             self.stream.flush().await
         };
         let outcome = sent.await.map_err(|e| lost(&e));
-        self.outbound.clear();
+        empty(&mut self.outbound);
         outcome
     }
 
@@ -454,6 +457,15 @@ pub fn unexpected(tag: u8, during: &str) -> Error {
     )
 }
 
+/// Makes room for the next messages. Memory that one huge row took is given back, but not between two huge rows.
+fn empty(outbound: &mut BytesMut) {
+    if outbound.capacity() > KEPT_ROOM && outbound.len() < READ_ROOM {
+        *outbound = BytesMut::with_capacity(READ_ROOM);
+    } else {
+        outbound.clear();
+    }
+}
+
 fn lost(error: &std::io::Error) -> Error {
     Error::new(Class::Retry, "connection_lost", format!("the connection was lost: {error}"))
 }
@@ -500,6 +512,16 @@ mod tests {
         for (tag, count) in [("UPDATE 3\0", 3), ("INSERT 0 1\0", 1), ("COPY 12\0", 12), ("BEGIN\0", 0), ("", 0)] {
             assert_eq!(affected(tag.as_bytes()), count, "{tag:?}");
         }
+    }
+
+    #[test]
+    fn memory_of_a_huge_row_is_given_back_after_the_next_small_message() {
+        let mut outbound = BytesMut::zeroed(8 * KEPT_ROOM);
+        empty(&mut outbound);
+        assert!(outbound.is_empty() && outbound.capacity() >= 8 * KEPT_ROOM, "another huge row may follow");
+        outbound.extend_from_slice(b"small");
+        empty(&mut outbound);
+        assert!(outbound.is_empty() && outbound.capacity() <= KEPT_ROOM);
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! What the state knows about each table's copy.
 
-use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use super::{Store, lsn, unknown_word};
@@ -108,48 +107,6 @@ impl Store {
         ))
         .await
         .doing(|| "recording the tables as copied")
-    }
-
-    /// A table that was made after the slot, whose every row the stream carries: copied under the slot's own position,
-    /// without a row. A table that is known keeps its state.
-    ///
-    /// # Errors
-    /// The connection's.
-    pub async fn adopt_table(&self, table: &QualifiedName) -> Result<()> {
-        self.execute(&format!(
-            "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, state, cut_lsn)
-             SELECT m.name, {schema}, {name}, 'copied', m.slot_lsn
-             FROM pgtandem.move m WHERE m.name = {move_name} AND m.slot_lsn IS NOT NULL
-             ON CONFLICT (move, schema_name, table_name) DO NOTHING",
-            schema = quote_literal(&table.schema),
-            name = quote_literal(&table.name),
-            move_name = quote_literal(self.name.as_str()),
-        ))
-        .await
-        .doing(|| format!("adopting the table {}", table.plain()))
-    }
-
-    /// Which of these the target has as a table of any kind.
-    ///
-    /// # Errors
-    /// The connection's.
-    pub async fn present(&self, tables: &[QualifiedName]) -> Result<BTreeSet<QualifiedName>> {
-        let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
-        let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
-        let session = self.session().await?;
-        let rows = session
-            .get()?
-            .query(
-                "SELECT n.nspname::text, c.relname::text
-                 FROM unnest($1::text[], $2::text[]) AS t (schema_name, table_name)
-                 JOIN pg_catalog.pg_namespace n ON n.nspname = t.schema_name
-                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.table_name
-                 WHERE c.relkind IN ('r', 'p')",
-                &[&schemas, &names],
-            )
-            .await
-            .doing(|| "looking for tables on the target")?;
-        rows.iter().map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? })).collect()
     }
 
     /// Adds the tables that are not known yet, as pending. Known ones keep their state.

@@ -2,14 +2,14 @@
 
 use std::cell::Cell;
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use super::{Supervisor, Until};
 use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
-use crate::follow::lookout::Lookout;
+use crate::follow::lookout;
 use crate::postgres::Session;
 use crate::state::{Phase, Request, RequestKind};
 
@@ -85,11 +85,9 @@ impl<'a> Steering<'a> {
 
     async fn steer(&self) -> Result<Decision> {
         let s = self.supervisor;
-        let lookout = Lookout::new(&s.source, &s.target, &s.store, s.config, &s.telemetry);
-        lookout.first().await?;
         tokio::select! {
             decision = self.take_requests() => decision,
-            never = lookout.run() => match never {},
+            never = lookout::run(&s.source, &s.target, &s.store, &s.telemetry) => match never {},
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod applying;
 mod clean;
 mod command_line;
 mod connecting;
@@ -17,6 +18,6 @@ mod moves;
 mod preflight;
 mod refusals;
 mod schema;
-mod scope;
 mod telemetry;
+mod unkeyed;
 mod wire;

@@ -65,11 +65,25 @@ async fn a_refused_statement_leaves_the_connection_usable() {
 }
 
 #[tokio::test]
+async fn a_value_read_as_another_type_is_a_defect() {
+    let cluster = Cluster::start(versions_under_test().0).await;
+    let session = server(&cluster.url("postgres", "postgres")).connect("test").await.unwrap();
+    let row = session.query_one("SELECT 1::int4", &[]).await.unwrap();
+    for wrong in [row.try_get::<_, String>(0).unwrap_err(), row.try_get::<_, i32>(1).unwrap_err()] {
+        assert_eq!(Error::from(wrong).class(), Class::Bug);
+    }
+    let unfit = session.query_one("SELECT $1::int4", &[&"text"]).await.unwrap_err();
+    assert_eq!(Error::from(unfit).class(), Class::Bug);
+}
+
+#[tokio::test]
 async fn a_slot_exports_a_snapshot_and_its_stream_begins_there() {
     let cluster = Cluster::builder(versions_under_test().0).set("wal_level", "logical").start().await;
     cluster.execute("CREATE TABLE t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE t").await;
     let server = server(&cluster.url("postgres", "postgres"));
     let mut walsender = Walsender::connect(&server, "cut").await.unwrap();
+    let identity = cluster.query_strings("SELECT system_identifier FROM pg_control_system()").await;
+    assert_eq!(identity, [walsender.identify_system().await.unwrap()]);
     let cut = walsender.create_slot("s", false).await.unwrap();
     cluster.execute("INSERT INTO t VALUES (1)").await;
     let session = server.connect("test").await.unwrap();
