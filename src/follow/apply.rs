@@ -400,6 +400,9 @@ impl Applier {
             durable.marker = marker.or(durable.marker);
         });
         self.telemetry.applied(lsn, commit_micros);
+        if let Some(micros) = commit_micros {
+            self.telemetry.arrived(micros);
+        }
     }
 }
 

@@ -240,6 +240,11 @@ impl Telemetry {
         self.0.positions.set_applied(lsn, commit_micros);
     }
 
+    /// A transaction became durable on the target just now; its commit time in microseconds since 1970.
+    pub fn arrived(&self, commit_micros: i64) {
+        self.0.positions.arrived(commit_micros);
+    }
+
     /// The source was told that it may forget everything before this.
     pub fn confirmed(&self, lsn: Lsn) {
         self.0.positions.set_confirmed(lsn);

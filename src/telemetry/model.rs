@@ -289,10 +289,14 @@ impl Positions {
         self.applied.fetch_max(lsn.as_u64(), Ordering::Relaxed);
         if let Some(micros) = commit_micros {
             self.commit_micros.fetch_max(micros, Ordering::Relaxed);
-            if let Some(now) = self.source_now() {
-                self.latency.store(now.saturating_sub(micros), Ordering::Relaxed);
-                self.applied_at.store(now, Ordering::Relaxed);
-            }
+        }
+    }
+
+    /// A transaction of this commit time became durable on the target just now.
+    pub(super) fn arrived(&self, commit_micros: i64) {
+        if let Some(now) = self.source_now() {
+            self.latency.store(now.saturating_sub(commit_micros), Ordering::Relaxed);
+            self.applied_at.store(now, Ordering::Relaxed);
         }
     }
 
