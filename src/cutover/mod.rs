@@ -63,7 +63,7 @@ use crate::telemetry::Telemetry;
 use crate::verify::{Comparison, Depth};
 use sequences::Sequences;
 
-/// The hook is told to end so much before the deadline, so that it is its error that is shown.
+/// A step that waits for something, the hook too, gives up so much before the deadline, to say itself what it waited for.
 const OWN_WORDS: Duration = Duration::from_millis(300);
 /// How long the release waits for a lock on the target while writers wait on the source.
 const RELEASE_LOCKS: Duration = Duration::from_millis(1500);
@@ -137,6 +137,7 @@ impl Cutover<'_> {
     async fn steps(&self, journal: &mut Journal, deadline: Instant) -> Result<Switched> {
         let name = self.config.name.as_str();
         let names = fence::Names::of(name);
+        let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
         journal.step("ready", deadline, self.ready(deadline)).await?;
         let ahead = journal.step("connect", deadline, self.connect_ahead()).await?;
         if let Some(comparison) = &ahead.comparison {
@@ -144,8 +145,8 @@ impl Cutover<'_> {
         }
         let closed = if self.config.cutover.fence == FenceKind::Lock {
             let tables = fence::tables(self.source, &ahead.moved).await?;
-            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, deadline)).await?;
-            Some(journal.step("fence", deadline, fence::close(self.source, &tables, deadline)).await?)
+            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, patience)).await?;
+            Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
         } else {
             journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes");
             None
@@ -165,7 +166,6 @@ impl Cutover<'_> {
         if self.config.cutover.hook.is_empty() {
             journal.skip("switch", "no cutover.hook: point the application to the target now");
         } else {
-            let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
             journal.step("switch", deadline, hook::run(self.config, patience)).await?;
         }
         tracing::info!("the target takes writes");
@@ -210,16 +210,11 @@ impl Cutover<'_> {
             self.no_apply_workers().await?;
         }
         loop {
-            if self.telemetry.ready() {
-                return Ok(());
-            }
-            if Instant::now() + Duration::from_millis(200) >= deadline {
-                return Err(Error::new(
-                    Class::No,
-                    "not_ready",
-                    "the move did not become ready for the cutover in time",
-                )
-                .hint("`pgtandem status` says what blocks it, and how large the lag is"));
+            let Err(reason) = self.telemetry.readiness() else { return Ok(()) };
+            if Instant::now() + OWN_WORDS >= deadline {
+                let message = format!("the move did not become ready for the cutover in time: {reason}");
+                return Err(Error::new(Class::No, "not_ready", message)
+                    .hint("`pgtandem status` says what blocks it, and how large the lag is"));
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

@@ -160,7 +160,7 @@ impl Store {
                      write_pause_seconds = COALESCE(write_pause_seconds,
                          extract(epoch FROM clock_timestamp() - started_at)::float8
                          - (SELECT COALESCE(sum(s.seconds), 0) FROM pgtandem.cutover_step s
-                            WHERE s.cutover_id = c.id AND s.name IN ('ready', 'prepare')))
+                            WHERE s.cutover_id = c.id AND s.name IN ('ready', 'connect', 'estimate', 'prepare')))
                  WHERE id = $1 RETURNING write_pause_seconds",
                 &[&cutover],
             )
