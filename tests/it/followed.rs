@@ -3,7 +3,9 @@
 //! The content stands in `followed/*.sql`: what is there before the move, and a round of changes that is played while
 //! the copy runs, while following, and once more just before the cutover.
 
-use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, Running, assert_same, versions_under_test, wait_until};
+use crate::harness::{
+    Cluster, Database, PASSWORD, PATIENCE, Pgtandem, Running, assert_same, versions_under_test, wait_until,
+};
 
 const VALUES: &str = include_str!("followed/values.sql");
 const VALUES_CHANGES: &str = include_str!("followed/values_changes.sql");
