@@ -55,8 +55,8 @@ impl Begun {
         store.begin(&serde_json::json!({})).await.expect("begin");
         let touch = HeldBack {
             what: "trigger touch on public.t".to_owned(),
-            enable: "ALTER TABLE t ENABLE TRIGGER touch".to_owned(),
-            disable: "ALTER TABLE t DISABLE TRIGGER touch".to_owned(),
+            enable: "ALTER TABLE public.t ENABLE TRIGGER touch".to_owned(),
+            disable: "ALTER TABLE public.t DISABLE TRIGGER touch".to_owned(),
         };
         store.hold_back(&[touch]).await.expect("hold back");
         store.set_phase(phase).await.expect("enter the phase");
