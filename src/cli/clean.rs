@@ -39,7 +39,7 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
         Known::Move { record, .. } => clean_target(&store, &record).await?,
         Known::Nothing if left.is_nothing() => say(&format!("nothing of the move {} is there", config.name))?,
         Known::Nothing => {}
-        Known::Unasked(error) => return Err(target_remains(error)),
+        Known::Unasked(error) => return Err(target_remains(&error)),
     }
     say("tables and rows were not touched")
 }
@@ -209,7 +209,7 @@ async fn clean_target(store: &Store, record: &MoveRecord) -> Result<()> {
     say("target: removed the state of the move")
 }
 
-fn target_remains(error: Error) -> Error {
+fn target_remains(error: &Error) -> Error {
     Error::new(
         Class::Wait,
         "target_not_cleaned",

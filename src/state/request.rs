@@ -24,6 +24,10 @@ impl RequestKind {
             Self::Verify => "verify",
         }
     }
+
+    fn named(word: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word).ok_or_else(|| unknown_word("request kind", word))
+    }
 }
 
 /// How far a request is.
@@ -61,12 +65,7 @@ const COLUMNS: &str = "id, kind, arguments::text, state, answer::text";
 fn request(row: &tokio_postgres::Row) -> Result<Request> {
     Ok(Request {
         id: row.try_get(0)?,
-        kind: match row.try_get::<_, String>(1)?.as_str() {
-            word => RequestKind::ALL
-                .into_iter()
-                .find(|kind| kind.as_str() == word)
-                .ok_or_else(|| unknown_word("request kind", word))?,
-        },
+        kind: RequestKind::named(&row.try_get::<_, String>(1)?)?,
         arguments: json(&row.try_get::<_, String>(2)?)?,
         state: match row.try_get::<_, String>(3)?.as_str() {
             "waiting" => RequestState::Waiting,

@@ -103,7 +103,11 @@ pub async fn linger(telemetry: &Telemetry, stop: &CancellationToken) {
     if waits && !stop.is_cancelled() {
         tracing::info!("waiting until the last figures were scraped, {} s at most", LAST_SCRAPE.as_secs());
         // Whichever comes first, the daemon ends.
-        drop(stop.run_until_cancelled(tokio::time::timeout(LAST_SCRAPE, scraped.changed())).await);
+        tokio::select! {
+            () = stop.cancelled() => {}
+            _ = scraped.changed() => {}
+            () = tokio::time::sleep(LAST_SCRAPE) => {}
+        }
     }
 }
 
