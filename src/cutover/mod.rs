@@ -58,7 +58,7 @@ use crate::config::{Config, CutoverVerify, Fence as FenceKind};
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::{Durable, MarkerWatch, unkeyed};
 use crate::postgres::{QualifiedName, Server, Session, catalog, quote_identifier};
-use crate::state::{CutoverState, StepRecord, Store};
+use crate::state::{CutoverState, Phase, StepRecord, Store};
 use crate::telemetry::Telemetry;
 use crate::verify::{Comparison, Depth};
 use sequences::Sequences;
@@ -139,6 +139,8 @@ impl Cutover<'_> {
         let names = fence::Names::of(name);
         let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
         journal.step("ready", deadline, self.ready(deadline)).await?;
+        // Not before: readiness is a matter of following.
+        self.telemetry.phase(Phase::Cutover);
         let ahead = journal.step("connect", deadline, self.connect_ahead()).await?;
         if let Some(comparison) = &ahead.comparison {
             journal.step("estimate", deadline, self.estimate(comparison, deadline)).await?;

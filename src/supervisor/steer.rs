@@ -203,7 +203,6 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         self.busy.set(true);
         s.store.set_phase(Phase::Cutover).await?;
-        s.telemetry.phase(Phase::Cutover);
         let switched = self.cutover().run(request, timeout).await;
         self.busy.set(false);
         match switched {
