@@ -154,7 +154,7 @@ impl Follow<'_> {
         // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
         let (reader_stop, applier_stop) = (CancellationToken::new(), stop.child_token());
         let mut reading = tokio::spawn(reader.run(reader_stop.clone()));
-        let mut applying = std::pin::pin!(applier.run(applier_stop.clone()));
+        let mut applying = Box::pin(applier.run(applier_stop.clone()));
         let mut watching = std::pin::pin!(watching::watch(self.source, self.config, self.publications, &moved));
         let mut noticed = None;
         let applied = loop {
@@ -172,6 +172,8 @@ impl Follow<'_> {
                 }
             }
         };
+        // With the applier goes its end of the queue: the reader may be waiting for room that nobody would make.
+        drop(applying);
         reader_stop.cancel();
         let read = match tokio::time::timeout(STOP_GRACE, &mut reading).await {
             Ok(Ok(read)) => read,

@@ -57,11 +57,13 @@ async fn a_stop_does_not_wait_for_a_locked_target() {
     let pgtandem = Pgtandem::new(&from, &to, "locked");
     let mut daemon = pgtandem.spawn(&["run"]);
     following(&mut daemon).await;
+    from.execute("insert into t values (2, 'followed')").await;
+    wait_for(&to, "select count(*) = 2 from t").await;
 
     // Given a batch that waits for a lock which nobody is going to give up.
     let holder = to.connect().await;
     holder.batch_execute("begin; lock table t in access exclusive mode").await.unwrap();
-    from.execute("update t set v = 'new'").await;
+    from.execute("update t set v = 'new' where id = 1").await;
     let applying = "from pg_stat_activity where application_name = 'pgtandem locked apply'";
     wait_for(&to, &format!("select exists (select {applying} and wait_event_type = 'Lock')")).await;
     // When it is told to stop, then it ends, and leaves no session behind that still waits.
@@ -72,7 +74,7 @@ async fn a_stop_does_not_wait_for_a_locked_target() {
     // And the next start applies what was abandoned.
     holder.batch_execute("rollback").await.unwrap();
     let daemon = pgtandem.spawn(&["run"]);
-    wait_for(&to, "select v = 'new' from t").await;
+    wait_for(&to, "select v = 'new' from t where id = 1").await;
     daemon.terminate();
     let ended = daemon.wait(PATIENCE).await;
     assert_eq!(ended.code, Some(0), "{ended}");
