@@ -215,21 +215,23 @@ async fn a_change_of_the_schema_stops_the_move_until_it_is_made_on_the_target() 
 }
 
 #[tokio::test]
-async fn an_update_that_the_source_cannot_identify_is_let_through_there_and_stops_the_move() {
+async fn an_update_that_the_source_cannot_identify_is_let_through_there_and_refuses_the_cutover() {
     let (source, target) = Cluster::pair().await;
     let sides = Sides::of(&source, &target).await;
     sides
         .from
         .execute("create table late_key (id int primary key deferrable, v text); insert into late_key values (1, 'v')")
         .await;
-    let mut daemon = Pgtandem::new(&sides.from, &sides.to, "unseen").spawn(&["run"]);
+    let pgtandem = Pgtandem::new(&sides.from, &sides.to, "unseen");
+    let mut daemon = pgtandem.spawn(&["run"]);
     following(&mut daemon).await;
 
     sides.from.execute("update late_key set v = 'x'").await;
 
-    let stopped = daemon.wait(PATIENCE).await;
-    assert_eq!(stopped.code, Some(4), "{stopped}");
-    assert!(stopped.stderr.contains("table public.late_key has no replica identity"), "{stopped}");
+    let refused = pgtandem.run(&["cutover", "--timeout", "5s"]).await;
+    assert_eq!(refused.code, Some(1), "{refused}");
+    daemon.wait_for_log("public.late_key", PATIENCE).await;
+    assert!(daemon.is_running(), "{}", daemon.stderr());
 }
 
 #[tokio::test]
