@@ -42,7 +42,8 @@ async fn finish(stage: &Stage, load: Load, mut daemon: Running) {
 async fn moves(versions: (u16, u16), scale: u32) {
     // Given a database under load.
     let stage = Stage::new(versions, scale).await;
-    let load = Load::start(&stage, &pace().iter().map(String::as_str).collect::<Vec<_>>());
+    let pace = pace();
+    let load = Load::start(&stage, &pace.iter().map(String::as_str).collect::<Vec<_>>());
     // When it is moved, then it arrives whole.
     let daemon = stage.daemon(&[]);
     finish(&stage, load, daemon).await;
