@@ -20,12 +20,11 @@ const GENTLE: &[&str] = &["-R", "300"];
 
 /// The pace of pgbench in whole moves: 400 transactions a second, which two cores can also follow with an unoptimised
 /// build beside another test. `PGTANDEM_TEST_RATE` sets another one; 0 lets pgbench run as fast as it can.
-#[expect(clippy::disallowed_methods, reason = "the tests' own switches")]
-fn pace() -> Vec<String> {
-    match std::env::var("PGTANDEM_TEST_RATE") {
-        Ok(rate) if rate == "0" => Vec::new(),
-        Ok(rate) => vec!["-R".to_owned(), rate],
-        Err(_) => vec!["-R".to_owned(), "400".to_owned()],
+fn pace() -> Vec<&'static str> {
+    match stage::number::<u32>("PGTANDEM_TEST_RATE") {
+        Some(0) => Vec::new(),
+        Some(rate) => vec!["-R", Box::leak(rate.to_string().into_boxed_str())],
+        None => vec!["-R", "400"],
     }
 }
 
@@ -42,8 +41,7 @@ async fn finish(stage: &Stage, load: Load, mut daemon: Running) {
 async fn moves(versions: (u16, u16), scale: u32) {
     // Given a database under load.
     let stage = Stage::new(versions, scale).await;
-    let pace = pace();
-    let load = Load::start(&stage, &pace.iter().map(String::as_str).collect::<Vec<_>>());
+    let load = Load::start(&stage, &pace());
     // When it is moved, then it arrives whole.
     let daemon = stage.daemon(&[]);
     finish(&stage, load, daemon).await;
