@@ -72,7 +72,7 @@ pub async fn differing(source: &Server, target: &Server, store: &Store) -> Resul
 pub async fn prove(source: &Server, target: &Server, store: &Store) -> Result<()> {
     match blocker(&differing(source, target, store).await?) {
         None => Ok(()),
-        Some(blocker) => Err(Error::new(Class::No, blocker.code, blocker.message).hint(blocker.hint)),
+        Some(blocker) => Err(Error::new(Class::No, "unkeyed_changed", blocker.message).hint(blocker.hint)),
     }
 }
 
