@@ -193,10 +193,7 @@ async fn foreign_keys_can_wait_for_the_cutover() {
     let session = sides.target.connect("test").await.unwrap();
     let keys = archive.foreign_keys().held_back(&session).await.unwrap();
     sides.store.hold_back(&keys).await.unwrap();
-    // A cutover that is given up takes them away again; a repeated release adds none twice.
-    sides.store.release_held_back().await.unwrap();
-    sides.store.hold_back_again().await.unwrap();
-    assert_eq!(sides.databases.1.query_string("SELECT count(*) FROM pg_constraint WHERE contype = 'f'").await, "0");
+    // A repeated release adds none twice.
     for _ in 0..2 {
         sides.store.release_held_back().await.unwrap();
     }
