@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use crate::error::{Doing, Result};
 use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_literal};
-use crate::state::HeldBack;
+use crate::state::{HeldBack, Store};
 
 /// The foreign keys of a source.
 #[derive(Clone, Debug, Default)]
@@ -81,18 +81,23 @@ impl ForeignKeys {
         Ok(self.0.iter().map(|key| key.held_back(version)).collect())
     }
 
-    /// Checks the old rows of those that were added unchecked, one after the other; can be repeated.
+    /// Checks the old rows of those that were added unchecked, one after the other; can be repeated. The event triggers
+    /// that came from the source do not see our statement, and see everything that others do meanwhile.
     ///
     /// # Errors
     /// The target's refusal, which names the key: rows without a partner.
-    pub async fn validate(&self, target: &Server) -> Result<()> {
+    pub async fn validate(&self, target: &Server, store: &Store) -> Result<()> {
+        let [disable, enable] = store.around_event_triggers();
         let session = target.connect("foreign keys").await?;
         let present = present(&session).await?;
         for key in self.0.iter().filter(|key| key.validated) {
             if present.get(&key.id()) == Some(&false) {
                 let name = quote_identifier(&key.name);
                 session
-                    .batch_execute(&format!("ALTER TABLE {} VALIDATE CONSTRAINT {name}", key.table))
+                    .batch_execute(&format!(
+                        "BEGIN; {disable}; ALTER TABLE {} VALIDATE CONSTRAINT {name}; {enable}; COMMIT",
+                        key.table
+                    ))
                     .await
                     .doing(|| format!("validating the foreign key {} of {}", key.name, key.table.plain()))?;
             }

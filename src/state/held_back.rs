@@ -17,6 +17,9 @@ pub struct HeldBack {
     pub disable: String,
 }
 
+/// Narrows to those rows whose statements we made for event triggers.
+const EVENT_TRIGGERS: &str = "AND disable LIKE 'ALTER EVENT TRIGGER %'";
+
 impl Store {
     /// Disables these, in order, and writes them down, in one transaction.
     ///
@@ -47,7 +50,7 @@ impl Store {
     /// # Errors
     /// The connection's; the target's refusal, after which nothing is changed.
     pub async fn release_held_back(&self) -> Result<()> {
-        self.execute(&self.each_held_back("enable", "DESC")).await.doing(|| "enabling triggers and rules")
+        self.execute(&self.release()).await.doing(|| "enabling triggers and rules")
     }
 
     /// The same inside the write pause: gives up on a lock after `lock`, and on the whole at `deadline`.
@@ -59,7 +62,7 @@ impl Store {
         self.execute(&format!(
             "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {left}; {}; COMMIT",
             lock.as_millis().max(1),
-            self.each_held_back("enable", "DESC")
+            self.release()
         ))
         .await
         .doing(|| "enabling triggers and rules on the target")
@@ -70,7 +73,7 @@ impl Store {
     /// # Errors
     /// As there.
     pub async fn hold_back_again(&self) -> Result<()> {
-        self.execute(&self.each_held_back("disable", "ASC")).await.doing(|| "disabling triggers and rules again")
+        self.execute(&self.each_held_back("disable", "", "ASC")).await.doing(|| "disabling triggers and rules again")
     }
 
     /// What is held back, in words.
@@ -109,15 +112,28 @@ impl Store {
         Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
     }
 
+    /// The statements that disable and enable the event triggers among what is held back, which would react to a DDL
+    /// statement of ours. Both belong around it, in one transaction: nobody else then ever sees them disabled.
+    #[must_use]
+    pub fn around_event_triggers(&self) -> [String; 2] {
+        ["disable", "enable"].map(|column| self.each_held_back(column, EVENT_TRIGGERS, "ASC"))
+    }
+
+    /// One transaction. The event triggers come back last, and are first taken out of service by a repetition.
+    fn release(&self) -> String {
+        let [disable, _] = self.around_event_triggers();
+        format!("{disable}; {}", self.each_held_back("enable", "", "DESC"))
+    }
+
     /// Runs one column of every row. What was dropped since then has nothing to enable: a schema change took it along.
-    fn each_held_back(&self, column: &str, direction: &str) -> String {
+    fn each_held_back(&self, column: &str, which: &str, direction: &str) -> String {
         format!(
             "DO $held_back$
              DECLARE
                  statement text;
              BEGIN
                  FOR statement IN
-                     SELECT {column} FROM pgtandem.held_back WHERE move = {name} ORDER BY ordinal {direction}
+                     SELECT {column} FROM pgtandem.held_back WHERE move = {name} {which} ORDER BY ordinal {direction}
                  LOOP
                      BEGIN
                          EXECUTE statement;

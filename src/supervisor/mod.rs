@@ -623,7 +623,7 @@ impl Walk<'_> {
         let session = s.target.connect("control").await?;
         if !schema::can_set_replica_role(&session).await? {
             match self.kit().await {
-                Ok(kit) => kit.archive.foreign_keys().validate(&s.target).await?,
+                Ok(kit) => kit.archive.foreign_keys().validate(&s.target, &s.store).await?,
                 Err(error) => tracing::warn!(
                     %error,
                     "foreign keys that were added at the cutover may not be validated yet, and the source cannot be asked \
