@@ -204,21 +204,12 @@ impl Server {
         }
     }
 
-    /// A stream on which the server waits for the startup message, and the certificate's `tls-server-end-point` for
-    /// SCRAM; the raw connections sit on it. Prefers the way that the last control connection found good.
+    /// A stream on which the server waits for the startup message, the certificate's `tls-server-end-point` for SCRAM, and
+    /// the host that answered, whose password is to be asked for; the raw connections sit on it. Prefers the way that the last control connection found good.
     ///
     /// # Errors
     /// As [`Server::connect`], except for what the server says about the login.
-    pub async fn open_stream(&self) -> Result<(Stream, Option<Vec<u8>>)> {
-        let (dialed, _) = self.open().await?;
-        Ok((dialed.stream, dialed.end_point))
-    }
-
-    /// [`Server::open_stream`], with the host that answered, whose password is to be asked for.
-    ///
-    /// # Errors
-    /// As [`Server::open_stream`].
-    pub async fn open_stream_to(&self) -> Result<(Stream, Option<Vec<u8>>, Host)> {
+    pub async fn open_stream(&self) -> Result<(Stream, Option<Vec<u8>>, Host)> {
         let (dialed, route) = self.open().await?;
         Ok((dialed.stream, dialed.end_point, self.host(route).clone()))
     }

@@ -133,12 +133,12 @@ fn verifier(
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<dyn rustls::client::danger::ServerCertVerifier>> {
     let roots = match authorities {
-        Authorities::Unchecked => return Ok(Arc::new(verify::Unchecked::new(provider))),
+        Authorities::Unchecked => return Ok(Arc::new(verify::Verifier::of_anyone(provider))),
         Authorities::File(file) => read_certificates(file, "sslrootcert")?,
         Authorities::System => system_certificates()?,
     };
     let check_name = mode == SslMode::VerifyFull;
-    let verifier = verify::Checked::new(roots, check_name, provider)
+    let verifier = verify::Verifier::of_chains(roots, check_name, provider)
         .map_err(|e| usage("tls_root_certificate", format!("the authorities of sslrootcert cannot be used: {e}")))?;
     Ok(Arc::new(verifier))
 }

@@ -70,7 +70,7 @@ impl Wire {
     /// # Errors
     /// As [`Server::connect`].
     pub async fn connect(server: &Server, role: &str, mode: Mode, options: &[(&str, &str)]) -> Result<Self> {
-        let (stream, end_point, host) = server.open_stream_to().await?;
+        let (stream, end_point, host) = server.open_stream().await?;
         let mut wire = Self {
             stream,
             inbound: BytesMut::with_capacity(READ_ROOM),

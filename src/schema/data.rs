@@ -121,41 +121,32 @@ impl DataArchive {
         tables: &[QualifiedName],
         workers: NonZeroUsize,
     ) -> Result<()> {
-        self.restore_rows(target, store, programs, tables, workers)
-            .await
-            .doing(|| format!("restoring rows from {}", self.folder.display()))
-    }
-
-    async fn restore_rows(
-        &self,
-        target: &Server,
-        store: &Store,
-        programs: &Programs,
-        tables: &[QualifiedName],
-        workers: NonZeroUsize,
-    ) -> Result<()> {
-        let cut = self.cut()?.ok_or_else(|| Error::bug("rows restored from an incomplete archive"))?;
-        let mut session = target.connect("schema").await?;
-        end_leftovers(&session, target).await?;
-        for chunk in tables.chunks(TRUNCATE_AT_ONCE) {
-            let names = chunk.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
-            session.batch_execute(&format!("TRUNCATE {names}")).await.doing(|| "emptying the tables")?;
+        async {
+            let cut = self.cut()?.ok_or_else(|| Error::bug("rows restored from an incomplete archive"))?;
+            let mut session = target.connect("schema").await?;
+            end_leftovers(&session, target).await?;
+            for chunk in tables.chunks(TRUNCATE_AT_ONCE) {
+                let names = chunk.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
+                session.batch_execute(&format!("TRUNCATE {names}")).await.doing(|| "emptying the tables")?;
+            }
+            self.load(target, programs, workers).await?;
+            let mut statements = String::new();
+            let transaction = session.transaction().await?;
+            for table in tables {
+                let sql = format!(
+                    "SELECT count(*), pg_catalog.pg_table_size({}::pg_catalog.regclass) FROM ONLY {table}",
+                    quote_literal(&table.to_string())
+                );
+                let row = transaction.query_one(&sql, &[]).await.doing(|| format!("counting {}", table.plain()))?;
+                let count = |at: usize| -> Result<u64> { Ok(u64::try_from(row.try_get::<_, i64>(at)?).unwrap_or(0)) };
+                statements.push_str(&copied_sql(store.name().as_str(), table, cut, count(0)?, count(1)?));
+                statements.push_str(";\n");
+            }
+            transaction.batch_execute(&statements).await.doing(|| "marking the tables copied")?;
+            transaction.commit().await.doing(|| "marking the tables copied")
         }
-        self.load(target, programs, workers).await?;
-        let mut statements = String::new();
-        let transaction = session.transaction().await?;
-        for table in tables {
-            let sql = format!(
-                "SELECT count(*), pg_catalog.pg_table_size({}::pg_catalog.regclass) FROM ONLY {table}",
-                quote_literal(&table.to_string())
-            );
-            let row = transaction.query_one(&sql, &[]).await.doing(|| format!("counting {}", table.plain()))?;
-            let count = |at: usize| -> Result<u64> { Ok(u64::try_from(row.try_get::<_, i64>(at)?).unwrap_or(0)) };
-            statements.push_str(&copied_sql(store.name().as_str(), table, cut, count(0)?, count(1)?));
-            statements.push_str(";\n");
-        }
-        transaction.batch_execute(&statements).await.doing(|| "marking the tables copied")?;
-        transaction.commit().await.doing(|| "marking the tables copied")
+        .await
+        .doing(|| format!("restoring rows from {}", self.folder.display()))
     }
 
     async fn load(&self, target: &Server, programs: &Programs, workers: NonZeroUsize) -> Result<()> {

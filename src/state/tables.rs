@@ -1,5 +1,6 @@
 //! What the state knows about each table's copy.
 
+use std::fmt::Display;
 use std::str::FromStr;
 
 use super::{Store, lsn, unknown_word};
@@ -117,18 +118,7 @@ impl Store {
     /// The connection's.
     pub async fn plan_tables(&self, tables: &[(QualifiedName, u64)]) -> Result<()> {
         for chunk in tables.chunks(1000) {
-            let values = chunk
-                .iter()
-                .map(|(table, bytes)| {
-                    format!(
-                        "({}, {}, {}, {bytes})",
-                        quote_literal(self.name.as_str()),
-                        quote_literal(&table.schema),
-                        quote_literal(&table.name)
-                    )
-                })
-                .collect::<Vec<_>>()
-                .join(", ");
+            let values = self.values(chunk);
             self.execute(&format!(
                 "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, bytes_total) VALUES {values}
                  ON CONFLICT (move, schema_name, table_name) DO NOTHING"
@@ -137,6 +127,17 @@ impl Store {
             .doing(|| "planning the tables")?;
         }
         Ok(())
+    }
+
+    /// A row of `VALUES` for each table: the move, its schema, its name, a number.
+    pub(super) fn values(&self, tables: &[(QualifiedName, impl Display)]) -> String {
+        let mut values = String::new();
+        for (table, number) in tables {
+            let [name, schema, table] = [self.name.as_str(), &table.schema, &table.name].map(quote_literal);
+            let comma = if values.is_empty() { "" } else { ", " };
+            values.push_str(&format!("{comma}({name}, {schema}, {table}, {number})"));
+        }
+        values
     }
 
     /// Forgets a table that neither side has any more.

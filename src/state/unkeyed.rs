@@ -11,18 +11,7 @@ impl Store {
     /// The connection's.
     pub async fn remember_unkeyed(&self, tables: &[(QualifiedName, i64)]) -> Result<()> {
         for chunk in tables.chunks(1000) {
-            let values = chunk
-                .iter()
-                .map(|(table, count)| {
-                    format!(
-                        "({}, {}, {}, {count})",
-                        quote_literal(self.name.as_str()),
-                        quote_literal(&table.schema),
-                        quote_literal(&table.name)
-                    )
-                })
-                .collect::<Vec<_>>()
-                .join(", ");
+            let values = self.values(chunk);
             self.execute(&format!(
                 "INSERT INTO pgtandem.unkeyed_table AS known (move, schema_name, table_name, changes) VALUES {values}
                  ON CONFLICT (move, schema_name, table_name) DO UPDATE SET changes = excluded.changes

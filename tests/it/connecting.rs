@@ -32,7 +32,7 @@ async fn connects(url: &str, encrypted: bool) {
     let server = server(url);
     let session = server.connect("test").await.unwrap_or_else(|error| panic!("{url}: {error}"));
     assert_eq!(who(&session).await.1, encrypted, "{url}");
-    let (stream, end_point) = server.open_stream().await.unwrap();
+    let (stream, end_point, _) = server.open_stream().await.unwrap();
     assert_eq!((stream.is_encrypted(), end_point.is_some()), (encrypted, encrypted), "{url}");
 }
 
@@ -230,7 +230,7 @@ async fn a_server_that_cannot_be_reached_says_why() {
         + "?connect_timeout=2&target_session_attrs=primary";
     let server = server(&list);
     assert_eq!(server.connect("test").await.unwrap().host().port, cluster.port());
-    assert_eq!(server.open_stream_to().await.unwrap().2.port, cluster.port());
+    assert_eq!(server.open_stream().await.unwrap().2.port, cluster.port());
     assert_eq!(refusal(&list.replace("primary", "standby")).await.code(), "session_attrs");
 }
 

@@ -7,6 +7,7 @@ mod copies;
 mod deaths;
 mod load;
 mod refusals;
+mod rights;
 mod stage;
 mod stops;
 

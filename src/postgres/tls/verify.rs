@@ -11,27 +11,28 @@ use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, Sign
 use x509_cert::der::Decode;
 use x509_cert::der::asn1::{PrintableStringRef, Utf8StringRef};
 
-/// Any certificate will do (`prefer` and `require` without authorities), but its key must sign the handshake.
+/// Whatever is asked of the certificate, its key must sign the handshake.
 #[derive(Debug)]
-pub(super) struct Unchecked(Arc<CryptoProvider>);
-
-impl Unchecked {
-    pub(super) fn new(provider: &Arc<CryptoProvider>) -> Self {
-        Self(Arc::clone(provider))
-    }
+pub(super) struct Verifier {
+    /// None: any certificate will do (`prefer` and `require` without authorities).
+    authorities: Option<Authorities>,
+    provider: Arc<CryptoProvider>,
 }
 
 /// The chain must end at one of the roots; the name is compared if asked.
 #[derive(Debug)]
-pub(super) struct Checked {
+struct Authorities {
     chain: Arc<WebPkiServerVerifier>,
     roots: Vec<CertificateDer<'static>>,
     check_name: bool,
-    provider: Arc<CryptoProvider>,
 }
 
-impl Checked {
-    pub(super) fn new(
+impl Verifier {
+    pub(super) fn of_anyone(provider: &Arc<CryptoProvider>) -> Self {
+        Self { authorities: None, provider: Arc::clone(provider) }
+    }
+
+    pub(super) fn of_chains(
         roots: Vec<CertificateDer<'static>>,
         check_name: bool,
         provider: &Arc<CryptoProvider>,
@@ -44,18 +45,18 @@ impl Checked {
         let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(store), Arc::clone(provider))
             .build()
             .map_err(|e| e.to_string())?;
-        Ok(Self { chain, roots, check_name, provider: Arc::clone(provider) })
+        Ok(Self { authorities: Some(Authorities { chain, roots, check_name }), provider: Arc::clone(provider) })
     }
+}
 
+impl Authorities {
     /// A self-signed certificate that the user himself put into the file of authorities, as the server's
     /// documentation suggests for tests; the library would refuse it for being an authority's.
     fn is_a_root(&self, certificate: &CertificateDer<'_>) -> bool {
         self.roots.iter().any(|root| root.as_ref() == certificate.as_ref())
     }
-}
 
-impl ServerCertVerifier for Checked {
-    fn verify_server_cert(
+    fn judge(
         &self,
         certificate: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
@@ -78,6 +79,22 @@ impl ServerCertVerifier for Checked {
         }
         Ok(ServerCertVerified::assertion())
     }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        match &self.authorities {
+            Some(authorities) => authorities.judge(certificate, intermediates, name, ocsp, now),
+            None => Ok(ServerCertVerified::assertion()),
+        }
+    }
 
     fn verify_tls12_signature(
         &self,
@@ -99,41 +116,6 @@ impl ServerCertVerifier for Checked {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ServerCertVerifier for Unchecked {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
 
