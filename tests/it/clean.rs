@@ -1,11 +1,10 @@
 //! `clean`, and requests to a daemon, against a move that was begun and that nobody runs.
 
-use pgtandem::config::{Config, Environment, Flags, Settings};
 use pgtandem::postgres::replication::Walsender;
 use pgtandem::postgres::{Lsn, Server, Side};
 use pgtandem::state::{HeldBack, Phase, RequestKind, Store};
 
-use crate::harness::{Cluster, PATIENCE, Pgtandem, wait_until};
+use crate::harness::{Cluster, PATIENCE, Pgtandem, config, wait_until};
 
 /// Both servers with the table `t` and its trigger, and the move `app` between them: its slot, publication and closed
 /// fence on the source; its state on the target, with the trigger held back.
@@ -28,16 +27,6 @@ const LEFT: &str = "SELECT slot_name::text FROM pg_replication_slots
     UNION ALL SELECT nspname::text FROM pg_namespace WHERE nspname = 'pgtandem'
     UNION ALL SELECT tgname::text FROM pg_trigger WHERE tgname LIKE 'pgtandem%'";
 const TRIGGER: &str = "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'touch'";
-
-fn config(source: &str, target: &str) -> Config {
-    let flags = Flags {
-        source: Some(source.to_owned()),
-        target: Some(target.to_owned()),
-        name: Some("app".to_owned()),
-        ..Flags::default()
-    };
-    Settings::gather(&flags, Environment::of([])).and_then(|settings| settings.config()).expect("a configuration")
-}
 
 impl Begun {
     async fn in_phase(phase: Phase) -> Self {

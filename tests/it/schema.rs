@@ -75,6 +75,16 @@ impl Sides {
         assert!(copied.iter().all(|table| table.cut_lsn == Some(cut)));
     }
 
+    /// The steps of a move up to following, once each.
+    async fn arrive_without_foreign_keys<'s>(&'s self, archive: &'s Archive) -> Restorer<'s> {
+        let restorer = self.restorer(archive);
+        restorer.before_data().await.unwrap();
+        self.copy_rows().await;
+        restorer.after_data(TWO).await.unwrap();
+        restorer.hold_back().await.unwrap();
+        restorer
+    }
+
     async fn tables(&self) -> Vec<pgtandem::postgres::QualifiedName> {
         let session = self.source.connect("copy").await.unwrap();
         let all = catalog::tables(&*session).await.unwrap();
@@ -185,11 +195,7 @@ async fn a_film_rental_arrives_complete() {
 async fn foreign_keys_can_wait_for_the_cutover() {
     let sides = Sides::with(PAGILA).await;
     let archive = dump(sides.request(None)).await.unwrap();
-    let restorer = sides.restorer(&archive);
-    restorer.before_data().await.unwrap();
-    sides.copy_rows().await;
-    restorer.after_data(TWO).await.unwrap();
-    restorer.hold_back().await.unwrap();
+    sides.arrive_without_foreign_keys(&archive).await;
     let session = sides.target.connect("test").await.unwrap();
     let keys = archive.foreign_keys().held_back(&session).await.unwrap();
     sides.store.hold_back(&keys).await.unwrap();
@@ -225,11 +231,7 @@ async fn tables_out_of_scope_stay_behind_with_what_needs_them() {
     let mut sides = Sides::with(CHINOOK).await;
     sides.scope.exclude = vec![TablePattern::new("shop.invoice*").unwrap()];
     let archive = dump(sides.request(None)).await.unwrap();
-    let restorer = sides.restorer(&archive);
-    restorer.before_data().await.unwrap();
-    sides.copy_rows().await;
-    restorer.after_data(TWO).await.unwrap();
-    restorer.hold_back().await.unwrap();
+    let restorer = sides.arrive_without_foreign_keys(&archive).await;
     restorer.foreign_keys(TWO).await.unwrap();
     assert!(archive.left_out().iter().any(|what| what.contains("letzte Rechnung")), "{:?}", archive.left_out());
     let there = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class

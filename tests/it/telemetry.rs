@@ -1,23 +1,13 @@
 //! What is seen of two real servers: samples of the source, and the status with and without a daemon.
 
-use pgtandem::config::{Config, Environment, Flags, Settings};
+use pgtandem::config::Config;
 use pgtandem::postgres::{Lsn, QualifiedName, Server, Side};
 use pgtandem::state::{Phase, Store};
 use pgtandem::telemetry::status::{Collector, Print, Status, print};
 use pgtandem::telemetry::{Telemetry, sampler};
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Cluster, PATIENCE, Stop, wait_until};
-
-fn config(source: &str, target: &str) -> Config {
-    let flags = Flags {
-        source: Some(source.to_owned()),
-        target: Some(target.to_owned()),
-        name: Some("app".to_owned()),
-        ..Flags::default()
-    };
-    Settings::gather(&flags, Environment::of([])).and_then(|settings| settings.config()).expect("a configuration")
-}
+use crate::harness::{Cluster, PATIENCE, Stop, config, wait_until};
 
 /// A move that follows, with nobody following.
 async fn begun(config: &Config, source: &Cluster) -> (Store, Lsn) {

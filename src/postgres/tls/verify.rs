@@ -55,30 +55,6 @@ impl Authorities {
     fn is_a_root(&self, certificate: &CertificateDer<'_>) -> bool {
         self.roots.iter().any(|root| root.as_ref() == certificate.as_ref())
     }
-
-    fn judge(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        // The library checks the chain first and the name last: an error about the name means a good chain.
-        match self.chain.verify_server_cert(certificate, intermediates, name, ocsp, now) {
-            Err(Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) => {}
-            Err(_) if self.is_a_root(certificate) => within_its_time(certificate, now)?,
-            done => return done,
-        }
-        if self.check_name {
-            let parsed = ParsedCertificate::try_from(certificate)?;
-            verify_server_name(&parsed, name)
-                .or_else(|error| common_name_is(certificate, name).then_some(()).ok_or(error))?;
-        }
-        Ok(ServerCertVerified::assertion())
-    }
 }
 
 impl ServerCertVerifier for Verifier {
@@ -90,10 +66,21 @@ impl ServerCertVerifier for Verifier {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        match &self.authorities {
-            Some(authorities) => authorities.judge(certificate, intermediates, name, ocsp, now),
-            None => Ok(ServerCertVerified::assertion()),
+        let Some(authorities) = &self.authorities else { return Ok(ServerCertVerified::assertion()) };
+        // The library checks the chain first and the name last: an error about the name means a good chain.
+        match authorities.chain.verify_server_cert(certificate, intermediates, name, ocsp, now) {
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) => {}
+            Err(_) if authorities.is_a_root(certificate) => within_its_time(certificate, now)?,
+            done => return done,
         }
+        if authorities.check_name {
+            let parsed = ParsedCertificate::try_from(certificate)?;
+            verify_server_name(&parsed, name)
+                .or_else(|error| common_name_is(certificate, name).then_some(()).ok_or(error))?;
+        }
+        Ok(ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

@@ -24,10 +24,10 @@ mod port;
 mod provision;
 mod tls;
 
+pub use self::pgtandem::{Finished, Pgtandem, Running, config};
 pub use cluster::{Cluster, ClusterBuilder, PASSWORD, Stop};
 pub use compare::{assert_same, differences};
 pub use database::Database;
-pub use pgtandem::{Finished, Pgtandem, Running};
 pub use provision::{VERSIONS, client_program, versions_under_test};
 pub use tls::TlsFiles;
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use pgtandem::config::{Config, Environment, Flags, Settings};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -14,6 +15,17 @@ use super::database::Database;
 use super::guard::{Guard, signal};
 use super::provision::client_program;
 use super::{PATIENCE, wait_until};
+
+/// The configuration of the move `app` that the binary would get from these URLs and nothing else.
+pub fn config(source: &str, target: &str) -> Config {
+    let flags = Flags {
+        source: Some(source.to_owned()),
+        target: Some(target.to_owned()),
+        name: Some("app".to_owned()),
+        ..Flags::default()
+    };
+    Settings::gather(&flags, Environment::of([])).and_then(|settings| settings.config()).expect("a configuration")
+}
 
 /// The binary under test.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_pgtandem");

@@ -75,14 +75,20 @@ async fn a_death_behind_the_fence_lets_writers_go_on() {
     finish(&stage, load, daemon).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_death_during_the_hook_is_finished() {
+/// A move whose daemon died while the hook ran, and who asked for the cutover and waits for the answer.
+async fn died_during_the_hook() -> (Stage, Load, Running) {
     let (stage, load, daemon) = following("").await;
     stage.hook_shall("hang");
     let asking = stage.program.spawn(&["cutover", "--timeout", "60s"]);
     wait_until("the hook hangs", PATIENCE, async || stage.file("hanging").exists()).await;
     daemon.kill();
     stage.hook_is_well();
+    (stage, load, asking)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_during_the_hook_is_finished() {
+    let (stage, load, asking) = died_during_the_hook().await;
     // When the next daemon finds the sealed fence, then it finishes the switch, and says so to the one who asked.
     let ended = stage.daemon(&[]).wait(LONG).await;
     assert_eq!(ended.code, Some(0), "{ended}");
@@ -94,12 +100,7 @@ async fn a_death_during_the_hook_is_finished() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hook_that_fails_after_a_death_is_undone() {
-    let (stage, load, daemon) = following("").await;
-    stage.hook_shall("hang");
-    let asking = stage.program.spawn(&["cutover", "--timeout", "60s"]);
-    wait_until("the hook hangs", PATIENCE, async || stage.file("hanging").exists()).await;
-    daemon.kill();
-    stage.hook_is_well();
+    let (stage, load, asking) = died_during_the_hook().await;
     stage.hook_shall("refuse");
     let daemon = stage.daemon(&[]);
     let answer = asking.wait(LONG).await;
