@@ -10,7 +10,7 @@ use super::{Context, InFlight, Job, blockers, statements};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::Cut;
 use crate::postgres::wire::{Mode, Wire};
-use crate::state::{TableState, copied_sql, copying_sql, fence_sql};
+use crate::state::{TableState, copied_sql, copying_sql, fence_sql, only_the_leader};
 use crate::telemetry::Telemetry;
 
 /// Telemetry hears of a table's progress after so many bytes or so much time, whichever is first.
@@ -131,7 +131,7 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
             begin_whole(&mut target, table).await?;
             let fence = fence_sql(store.name().as_str(), *epoch);
             let copying = copying_sql(store.name().as_str(), name);
-            target.query(&format!("{fence}; {copying}; COMMIT")).await.map_err(fenced)
+            target.query(&format!("{fence}; {copying}; COMMIT")).await.map_err(only_the_leader)
         };
         let what = format!("emptying {} on the target", name.plain());
         blockers::explained(server, pid, &what, telemetry, opening)
@@ -169,16 +169,8 @@ async fn commit(target: &mut Wire, job: &Job, table: &InFlight, copied: Option<M
     let record = copied
         .map(|moved| copied_sql(name, &table.table().name, job.cut.lsn, moved.rows, moved.bytes) + "; ")
         .unwrap_or_default();
-    target.query(&format!("{fence}; {record}COMMIT")).await.map_err(fenced)?;
+    target.query(&format!("{fence}; {record}COMMIT")).await.map_err(only_the_leader)?;
     Ok(())
-}
-
-/// What [`fence_sql`] says when another daemon took the move.
-fn fenced(error: Error) -> Error {
-    if error.sqlstate() == Some("22012") {
-        return Error::new(Class::Retry, "leadership_lost", "another daemon took this move");
-    }
-    error
 }
 
 /// Locks the table for this unit, says who holds it if that takes long, and makes sure that the snapshot still shows

@@ -13,7 +13,12 @@
 //! `session_replication_role` or `default_transaction_read_only` for itself is refused like any other. Statement triggers
 //! fire for the table that a statement names, so partitioned tables have them as well as their partitions.
 //!
-//! Lifting a sealed fence is again one statement: the function does nothing. It takes no lock on any table.
+//! The seal carries the number of its cutover, and the statement that seals, or lifts, is let through by it: an event trigger of
+//! the source may write to a table of the move in answer to it.
+//!
+//! Lifting a sealed fence is again one statement: the function does nothing. It takes no lock on any table. Before it, every
+//! session that may still be about to seal is ended, so that nothing that was given up on takes hold afterwards; and the
+//! seal of a later cutover is left alone, for it is not ours.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -53,11 +58,15 @@ impl Names {
     }
 
     /// 25006 is `read_only_sql_transaction`, which connection pools and frameworks know as "reconnect".
-    fn refusing_function(&self, move_name: &str) -> String {
+    fn refusing_function(&self, move_name: &str, cutover: i64) -> String {
         let message = format!("this database has moved to another server (pgtandem move {move_name})");
         self.replace_function(&format!(
-            "RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = {},
-             HINT = 'Reconnect with the address of the new server.';",
+            "-- cutover {cutover}
+             IF pg_catalog.current_setting('pgtandem.fence', true) IS DISTINCT FROM 'pass' THEN
+                 RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction', MESSAGE = {},
+                 HINT = 'Reconnect with the address of the new server.';
+             END IF;
+             RETURN NULL;",
             quote_literal(&message)
         ))
     }
@@ -177,6 +186,15 @@ async fn already_fenced(session: &Session, names: &Names) -> Result<HashSet<Qual
     rows.iter().map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? })).collect()
 }
 
+/// Lets the transaction at hand through a sealed fence.
+const PASS: &str = "SET LOCAL pgtandem.fence = 'pass'";
+
+/// How long the server may take to give the locks back before we let it find out by itself.
+const OPENING: Duration = Duration::from_secs(1);
+
+/// How long the end of sessions that may still seal is waited for.
+const ENDING: Duration = Duration::from_secs(5);
+
 /// A closed fence; drops open.
 pub(super) struct Fence {
     session: Session,
@@ -197,13 +215,20 @@ pub(super) async fn close(source: &Server, tables: &[QualifiedName], deadline: I
             break;
         }
         let closed_at = Instant::now();
+        // `lock_timeout` would count for each table anew; and should we vanish, the server counts from here.
+        let (patience, rest) = (patience.as_millis().max(1), deadline.saturating_duration_since(closed_at));
         let locked = session
-            .batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{}ms'; {lock}", patience.as_millis().max(1)))
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL statement_timeout = {patience};
+                 SET LOCAL idle_in_transaction_session_timeout = {};
+                 {lock}; SET LOCAL statement_timeout = 0",
+                (rest + AFTER_DEADLINE).as_millis()
+            ))
             .await;
         let Err(error) = locked else { return Ok(Fence { session, closed_at }) };
         let error = Error::from(error);
         session.batch_execute("ROLLBACK").await.doing(|| "giving the locks of the fence back")?;
-        if !matches!(error.code(), "lock_not_available" | "deadlock_detected") {
+        if !matches!(error.code(), "lock_not_available" | "deadlock_detected" | "query_canceled") {
             return Err(error.doing("closing the fence"));
         }
         tracing::info!(attempt, holders = %holders(&session).await, "the fence is not closed yet; writers are let through");
@@ -263,17 +288,17 @@ async fn holders(session: &Session) -> String {
 impl Fence {
     /// Refuses writes from now on, and lets the waiting writers have their refusal. After an error nobody knows
     /// whether it took hold; [`is_sealed`] tells.
-    pub(super) async fn seal(self, names: &Names, move_name: &str) -> Result<()> {
+    pub(super) async fn seal(self, names: &Names, move_name: &str, cutover: i64) -> Result<()> {
         self.session
-            .batch_execute(&format!("{}; COMMIT", names.refusing_function(move_name)))
+            .batch_execute(&format!("{PASS}; {}; COMMIT", names.refusing_function(move_name, cutover)))
             .await
             .doing(|| "sealing the fence")
     }
 
     /// Lets the writers go on.
     pub(super) async fn open(self) {
-        if self.session.batch_execute("ROLLBACK").await.is_err() {
-            tracing::debug!("the fence's connection is gone, and its locks with it");
+        if !matches!(tokio::time::timeout(OPENING, self.session.batch_execute("ROLLBACK")).await, Ok(Ok(()))) {
+            tracing::warn!("the fence's connection does not answer; its locks go with it");
         }
     }
 }
@@ -281,47 +306,62 @@ impl Fence {
 /// Whether writes on the source are refused.
 pub(super) async fn is_sealed(source: &Server, move_name: &str) -> Result<bool> {
     let session = source.connect("fence").await?;
-    let row = session
-        .query_one(
-            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-             WHERE n.nspname = 'pgtandem' AND p.proname = $1 AND p.prosrc LIKE '%RAISE EXCEPTION%')",
-            &[&Names::of(move_name).function_name],
-        )
-        .await
-        .doing(|| "looking whether the fence stands")?;
-    Ok(row.try_get(0)?)
+    Ok(sealed_by(&session, &Names::of(move_name)).await?.is_some_and(|cutover| cutover > 0))
 }
 
-/// Lets writes on the source happen again. Does nothing if no fence was ever prepared.
-///
-/// The function is replaced whatever it says now: a seal whose COMMIT is still on its way holds its row, so this waits
-/// for it, fails ("tuple concurrently updated"), and is tried again on what it left.
-pub(super) async fn lift(source: &Server, move_name: &str) -> Result<()> {
+/// Lets writes on the source happen again. Does nothing if no fence was ever prepared, or if a later cutover than this one
+/// sealed it.
+pub(super) async fn lift(source: &Server, move_name: &str, cutover: i64) -> Result<()> {
     let names = Names::of(move_name);
-    let session = source.connect("fence").await?;
-    for attempt in 1.. {
-        if !exists(&session, &names).await? {
+    let session = source.connect("lift").await?;
+    end_sealers(&session, &source.application_name("fence")).await?;
+    let Some(sealed_by) = sealed_by(&session, &names).await? else { return Ok(()) };
+    if sealed_by > cutover {
+        tracing::warn!(sealed_by, cutover, "a later cutover sealed the fence; it stays");
+        return Ok(());
+    }
+    session
+        .batch_execute(&format!("BEGIN; {PASS}; {}; COMMIT", names.open_function()))
+        .await
+        .doing(|| "lifting the fence on the source")
+}
+
+/// Ends the sessions of the fence, of this daemon or an earlier one: what they were sent and did not execute yet must not be
+/// executed any more. Returns once they are gone.
+async fn end_sealers(session: &Session, application_name: &str) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let left = session
+            .query(
+                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND usename = CURRENT_USER AND pid <> pg_catalog.pg_backend_pid()
+                   AND datname = pg_catalog.current_database()",
+                &[&application_name],
+            )
+            .await
+            .doing(|| "ending the sessions of the fence")?;
+        if left.is_empty() {
             return Ok(());
         }
-        match session.batch_execute(&names.open_function()).await.map_err(Error::from) {
-            Ok(()) => return Ok(()),
-            Err(error) if attempt < 5 && error.sqlstate() == Some("XX000") => {}
-            Err(error) => return Err(error.doing("lifting the fence on the source")),
+        if began.elapsed() > ENDING {
+            return Err(Error::new(Class::Retry, "fence_session_stays", "a session of the fence does not end"));
         }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    Ok(())
 }
 
-async fn exists(session: &Session, names: &Names) -> Result<bool> {
+/// The cutover that sealed the fence, 0 if it is open; `None` if there is none.
+async fn sealed_by(session: &Session, names: &Names) -> Result<Option<i64>> {
     let row = session
-        .query_one(
-            "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-             WHERE n.nspname = 'pgtandem' AND p.proname = $1)",
+        .query_opt(
+            "SELECT COALESCE(substring(p.prosrc FROM '-- cutover ([0-9]+)')::int8, 0)
+             FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+             WHERE n.nspname = 'pgtandem' AND p.proname = $1",
             &[&names.function_name],
         )
         .await
         .doing(|| "looking for the fence")?;
-    Ok(row.try_get(0)?)
+    row.map(|row| row.try_get(0).map_err(Error::from)).transpose()
 }
 
 /// Removes triggers, function and, if nothing else is in it, the schema. Writes are let in again.
@@ -331,10 +371,11 @@ async fn exists(session: &Session, names: &Names) -> Result<bool> {
 pub async fn remove(source: &Server, move_name: &str) -> Result<()> {
     let names = Names::of(move_name);
     let session = source.connect("fence").await?;
-    if exists(&session, &names).await? {
+    if sealed_by(&session, &names).await?.is_some() {
         session
             .batch_execute(&format!(
-                "{}; SET lock_timeout = '10s'; SET client_min_messages = error; DROP FUNCTION {}() CASCADE",
+                "BEGIN; {PASS}; {}; COMMIT;
+                 SET lock_timeout = '10s'; SET client_min_messages = error; DROP FUNCTION {}() CASCADE",
                 names.open_function(),
                 names.function()
             ))

@@ -56,9 +56,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, CutoverVerify, Fence as FenceKind};
 use crate::error::{Class, Doing, Error, Result};
-use crate::follow::{Durable, MarkerWatch, unkeyed};
+use crate::follow::{Durable, Gate, MarkerWatch, unkeyed};
 use crate::postgres::{QualifiedName, Server, Session, catalog, quote_identifier};
-use crate::state::{CutoverState, Phase, StepRecord, Store};
+use crate::state::{CutoverRecord, CutoverState, Phase, StepRecord, Store};
 use crate::telemetry::Telemetry;
 use crate::verify::{Comparison, Depth};
 use sequences::Sequences;
@@ -69,8 +69,9 @@ const OWN_WORDS: Duration = Duration::from_millis(300);
 const RELEASE_LOCKS: Duration = Duration::from_millis(1500);
 /// How long the last words of the journal may take.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(5);
-/// How long undoing is tried before the error is handed up.
+/// How long undoing, or writing down the end, is tried before the error is handed up, and how long each time.
 const UNDO_PATIENCE: Duration = Duration::from_secs(30);
+const ATTEMPT: Duration = Duration::from_secs(10);
 
 /// Everything a cutover needs. Following goes on beside it.
 pub struct Cutover<'a> {
@@ -88,6 +89,8 @@ pub struct Cutover<'a> {
     pub durable: watch::Receiver<Durable>,
     /// Where following looks for the marker.
     pub marker: &'a MarkerWatch,
+    /// Keeps following from applying to a target whose triggers are on.
+    pub gate: &'a Gate,
     /// Takes reports, and tells whether the move is ready.
     pub telemetry: &'a Telemetry,
     /// Gives the cutover up, as long as it is not decided: the daemon stops, or following ended.
@@ -109,29 +112,33 @@ impl Cutover<'_> {
     /// be undone or finished by [`recover`], which is to be called until it succeeds.
     pub async fn run(&self, request: Option<i64>, timeout: Duration) -> Result<Switched> {
         let deadline = Instant::now() + timeout;
-        let id = self.store.begin_cutover(request).await?;
+        let id = self.store.begin_cutover(request, self.epoch).await?;
         self.telemetry.cutover(None);
         let (mut journal, writer) = Journal::begin(self, id);
         let outcome = self.steps(&mut journal, deadline).await;
         drop(journal);
+        // Before the journal's last words: a death from here on must not run the hook again.
+        let concluded = match &outcome {
+            Ok(switched) => self.conclude(id, switched.write_pause).await,
+            Err(error) => {
+                tracing::warn!(%error, "the cutover did not happen; undoing it");
+                self.undo(id, error).await
+            }
+        };
         if tokio::time::timeout(JOURNAL_PATIENCE, writer).await.is_err() {
             tracing::warn!("the journal of the cutover could not be written to its end");
         }
-        match outcome {
-            Ok(switched) => {
-                let seconds = switched.write_pause.as_secs_f64();
-                self.telemetry.write_pause(switched.write_pause);
-                self.telemetry.cutover(Some(CutoverState::Done.as_str()));
-                // If this fails the next walk finishes it: the journal says `switching`, and the fence is sealed.
-                self.store.set_cutover(id, CutoverState::Done, Some(seconds), None).await?;
-                Ok(switched)
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the cutover did not happen; undoing it");
-                self.undo(id, &error).await?;
-                Err(error.reclassed(Class::No))
-            }
-        }
+        concluded?;
+        outcome.map_err(|error| error.reclassed(Class::No))
+    }
+
+    /// Writes down that the application is on the target. It is tried for a while, for what would try it next is the next
+    /// walk, which knows only what is written.
+    async fn conclude(&self, id: i64, write_pause: Duration) -> Result<()> {
+        self.telemetry.write_pause(write_pause);
+        self.telemetry.cutover(Some(CutoverState::Done.as_str()));
+        let seconds = write_pause.as_secs_f64();
+        persistently("written down as done", async || self.store.conclude_cutover(id, self.epoch, seconds).await).await
     }
 
     async fn steps(&self, journal: &mut Journal, deadline: Instant) -> Result<Switched> {
@@ -146,14 +153,18 @@ impl Cutover<'_> {
             journal.step("estimate", deadline, self.estimate(comparison, deadline)).await?;
         }
         let closed = if self.config.cutover.fence == FenceKind::Lock {
-            let tables = fence::tables(self.source, &ahead.moved).await?;
-            journal.step("prepare", deadline, fence::prepare(self.source, &names, &tables, patience)).await?;
+            let prepared = async {
+                let tables = fence::tables(self.source, &ahead.moved).await?;
+                fence::prepare(self.source, &names, &tables, patience).await.map(|()| tables)
+            };
+            let tables = journal.step("prepare", deadline, prepared).await?;
             Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
         } else {
             journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes");
             None
         };
         let began = closed.as_ref().map_or_else(Instant::now, |fence| fence.closed_at);
+        let (id, release, addresses) = (journal.id, ahead.release.clone(), ahead.addresses.clone());
         let fenced = self.behind_the_fence(journal, ahead, deadline).await;
         if let Err(error) = fenced {
             if let Some(closed) = closed {
@@ -162,13 +173,18 @@ impl Cutover<'_> {
             return Err(error);
         }
         match closed {
-            Some(closed) => journal.step("seal", deadline, closed.seal(&names, name)).await?,
+            Some(closed) => journal.step("seal", deadline, closed.seal(&names, name, id)).await?,
             None => journal.skip("seal", "cutover.fence = \"none\""),
         }
         if self.config.cutover.hook.is_empty() {
             journal.skip("switch", "no cutover.hook: point the application to the target now");
         } else {
-            journal.step("switch", deadline, hook::run(self.config, patience)).await?;
+            let switched = async {
+                // A daemon that was frozen may have been succeeded meanwhile, by one that undid all this.
+                release.confirm_cutover(id, self.epoch).await?;
+                hook::run(self.config, &addresses, patience).await
+            };
+            journal.step("switch", deadline, switched).await?;
         }
         tracing::info!("the target takes writes");
         Ok(Switched { write_pause: began.elapsed() })
@@ -183,12 +199,15 @@ impl Cutover<'_> {
             Some(comparison) => journal.step("verify", deadline, self.verify(comparison)).await?,
             None => journal.skip("verify", "cutover.verify = \"off\""),
         }
-        journal.step("release", deadline, ahead.release.release_held_back_within(RELEASE_LOCKS, deadline)).await?;
+        // What follows from here on must not be applied by the same rules.
+        self.gate.close();
+        let id = journal.id;
+        let released = ahead.release.release_in_cutover(id, self.epoch, RELEASE_LOCKS, deadline);
+        journal.step("release", deadline, released).await?;
         if self.config.cutover.reverse {
             journal.skip("reverse", "this version arms no way back");
         }
         // From here on `recover` asks the fence itself what became of the decision.
-        let id = journal.id;
         journal.step("decide", deadline, ahead.release.decide_cutover(id, self.epoch)).await?;
         journal.cancel = CancellationToken::new();
         Ok(())
@@ -255,6 +274,7 @@ impl Cutover<'_> {
             comparison,
             release,
             moved,
+            addresses: hook::Addresses::find(self.source, self.target).await,
         })
     }
 
@@ -293,8 +313,13 @@ impl Cutover<'_> {
     }
 
     async fn verify(&self, comparison: Comparison) -> Result<()> {
-        let count = comparison.tables().len();
+        let compared: Vec<QualifiedName> = comparison.tables().iter().map(|(table, _)| table.clone()).collect();
+        let count = compared.len();
         let differences = comparison.run().await?;
+        // An earlier comparison may have found a difference.
+        for table in &compared {
+            self.telemetry.compared(table, 0);
+        }
         for difference in &differences {
             self.telemetry.compared(&difference.table, difference.rows());
         }
@@ -316,23 +341,32 @@ impl Cutover<'_> {
         .hint("find out who wrote to the target, or begin the move again"))
     }
 
-    /// Writes on the source come back, the target's triggers go off.
+    /// Writes on the source come back, the target's triggers go off, following goes on.
     async fn undo(&self, id: i64, cause: &Error) -> Result<()> {
-        let began = Instant::now();
-        loop {
-            let undone = undo(self.config, self.source, self.store, id, cause).await;
-            match undone {
-                Ok(()) => {
-                    self.telemetry.cutover(Some(CutoverState::Aborted.as_str()));
-                    return Ok(());
-                }
-                Err(error) if began.elapsed() > UNDO_PATIENCE => return Err(error),
-                Err(error) => {
-                    tracing::error!(%error, "the cutover could not be undone yet; trying again");
-                    tokio::time::sleep(Duration::from_millis(500)).await;
-                }
+        persistently("undone", async || undo(self.config, self.source, self.store, id, self.epoch, cause).await)
+            .await?;
+        self.gate.open();
+        self.telemetry.cutover(Some(CutoverState::Aborted.as_str()));
+        Ok(())
+    }
+}
+
+/// Tries again what fails, for [`UNDO_PATIENCE`]: a connection may be lost, a server may restart.
+async fn persistently(what: &str, attempt: impl AsyncFn() -> Result<()>) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let error = match tokio::time::timeout(ATTEMPT, attempt()).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(_) => {
+                Error::new(Class::Retry, "timeout", format!("the cutover could not be {what} within {ATTEMPT:?}"))
             }
+        };
+        if began.elapsed() > UNDO_PATIENCE || error.code() == "leadership_lost" {
+            return Err(error);
         }
+        tracing::error!(%error, "the cutover could not be {what} yet; trying again");
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
 }
 
@@ -344,19 +378,22 @@ struct Ahead {
     comparison: Option<Comparison>,
     /// On a connection of its own: a lock that it waits for must not keep the journal waiting.
     release: Store,
+    addresses: hook::Addresses,
 }
 
-async fn undo(config: &Config, source: &Server, store: &Store, id: i64, cause: &Error) -> Result<()> {
-    let error = error_json(cause);
+async fn undo(config: &Config, source: &Server, store: &Store, id: i64, epoch: i64, cause: &Error) -> Result<()> {
     if config.cutover.fence == FenceKind::Lock {
-        // The deed before the word: an open fence means "undone" whatever the journal says, and the source must not
-        // wait for the target to come back.
-        fence::lift(source, config.name.as_str()).await?;
-    } else {
-        store.set_cutover(id, CutoverState::Preparing, None, Some(&error)).await?;
+        // The deed beside the word: an open fence means "undone" whatever the journal says, and the source must not wait
+        // for the target to come back. Nor must a source that does not come back leave the word standing, for the next
+        // start would find a seal and finish what was given up here.
+        let (lifted, reconsidered) =
+            tokio::join!(fence::lift(source, config.name.as_str(), id), store.reconsider_cutover(id, epoch));
+        lifted?;
+        if let Err(error) = reconsidered {
+            tracing::debug!(%error, "the decision could not be taken back yet");
+        }
     }
-    store.hold_back_again().await?;
-    store.set_cutover(id, CutoverState::Aborted, None, Some(&error)).await
+    store.abort_cutover(id, epoch, &error_json(cause)).await
 }
 
 /// What a start found of an earlier cutover.
@@ -370,46 +407,70 @@ pub enum Recovered {
     Finished,
 }
 
-/// Undoes or finishes what an earlier daemon left in the middle. See the module's first lines.
+/// Undoes or finishes what an earlier daemon left in the middle, and answers who asked it for something. See the module's
+/// first lines.
 ///
 /// # Errors
 /// The connections'; class no if the hook failed, after which the cutover is undone.
-pub async fn recover(config: &Config, source: &Server, store: &Store) -> Result<Recovered> {
-    let Some(last) = store.last_cutover().await? else { return Ok(Recovered::Nothing) };
-    let died = Error::new(Class::No, "daemon_ended", "the daemon ended in the middle of the cutover");
-    let recovered = match last.state {
-        CutoverState::Aborted => Recovered::Nothing,
-        CutoverState::Done => Recovered::Finished,
-        CutoverState::Preparing => Recovered::Undone,
-        CutoverState::Switching if config.cutover.fence != FenceKind::Lock => Recovered::Finished,
-        CutoverState::Switching if fence::is_sealed(source, config.name.as_str()).await? => Recovered::Finished,
-        CutoverState::Switching => Recovered::Undone,
+pub async fn recover(
+    config: &Config,
+    source: &Server,
+    target: &Server,
+    store: &Store,
+    epoch: i64,
+) -> Result<Recovered> {
+    let died = Error::new(Class::No, "daemon_ended", "the daemon ended before it answered");
+    let recovered = match store.last_cutover().await? {
+        Some(last) => recover_from(config, source, target, store, epoch, &last).await?,
+        None => Recovered::Nothing,
     };
-    match recovered {
-        Recovered::Undone => {
-            undo(config, source, store, last.id, &died).await.doing(|| "undoing the cutover that was under way")?;
-            store.fail_running_steps(last.id, "the daemon ended").await?;
-            store.answer_running(false, &refusal(&died)).await?;
-            tracing::warn!("a cutover was under way when the daemon ended; it was undone, writes on the source are on");
-        }
-        Recovered::Finished => {
-            if last.state == CutoverState::Switching {
-                tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
-                let switched = hook::run(config, Instant::now() + config.cutover.timeout).await;
-                if let Err(error) = switched {
-                    undo(config, source, store, last.id, &error).await?;
-                    store.fail_running_steps(last.id, "the daemon ended").await?;
-                    store.answer_running(false, &refusal(&error)).await?;
-                    return Ok(Recovered::Undone);
-                }
-            }
-            // Also for a cutover that was done already: its daemon may have ended before it answered.
-            let pause = store.finish_cutover(last.id).await?;
-            store.answer_running(true, &serde_json::json!({"write_pause_seconds": pause})).await?;
-        }
-        Recovered::Nothing => {}
+    if recovered != Recovered::Finished {
+        store.answer_running(false, &refusal(&died)).await?;
     }
     Ok(recovered)
+}
+
+async fn recover_from(
+    config: &Config,
+    source: &Server,
+    target: &Server,
+    store: &Store,
+    epoch: i64,
+    last: &CutoverRecord,
+) -> Result<Recovered> {
+    let died = Error::new(Class::No, "daemon_ended", "the daemon ended in the middle of the cutover");
+    let undone_for = async |error: &Error| {
+        undo(config, source, store, last.id, epoch, error).await.doing(|| "undoing the cutover that was under way")?;
+        store.fail_running_steps(last.id, "the daemon ended").await?;
+        store.answer_running(false, &refusal(error)).await?;
+        tracing::warn!("a cutover was under way when the daemon ended; it was undone, writes on the source are on");
+        Ok(Recovered::Undone)
+    };
+    match last.state {
+        CutoverState::Aborted => return Ok(Recovered::Nothing),
+        CutoverState::Done => {}
+        CutoverState::Preparing => return undone_for(&died).await,
+        CutoverState::Switching => {
+            let stands =
+                config.cutover.fence != FenceKind::Lock || fence::is_sealed(source, config.name.as_str()).await?;
+            if !stands {
+                return undone_for(&died).await;
+            }
+            tracing::warn!("a cutover was past its decision when the daemon ended; finishing it");
+            // A hook that said yes is believed.
+            if !last.steps.iter().any(|step| step.name == "switch" && step.state == "done") {
+                let addresses = hook::Addresses::find(source, target).await;
+                let deadline = Instant::now() + config.cutover.timeout;
+                if let Err(error) = hook::run(config, &addresses, deadline).await {
+                    return undone_for(&error).await;
+                }
+            }
+        }
+    }
+    // Also for a cutover that was done already: its daemon may have ended before it answered.
+    let pause = store.finish_cutover(last.id).await?;
+    store.answer_running(true, &serde_json::json!({"write_pause_seconds": pause})).await?;
+    Ok(Recovered::Finished)
 }
 
 /// The answer to a request that came to nothing.

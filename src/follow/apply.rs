@@ -30,7 +30,7 @@ use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
 use super::queue::Receiver;
 use super::reader::Delivery;
 use super::relation::{Finder, Plan, read_target};
-use super::{Durable, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
+use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::config::MissingRow;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
@@ -46,6 +46,7 @@ pub(super) struct Applier {
     pub queue: Receiver<Vec<Delivery>>,
     pub durable: watch::Sender<Durable>,
     pub marker: MarkerWatch,
+    pub gate: Gate,
     pub telemetry: Telemetry,
     /// The commit of the newest transaction that was begun.
     pub reached: watch::Sender<Lsn>,
@@ -89,6 +90,13 @@ impl Applier {
                 received = self.queue.receive() => match received {
                     Some((chunk, weight)) => {
                         for delivery in chunk {
+                            if self.is_between() && !self.gate.is_open() {
+                                tokio::select! {
+                                    biased;
+                                    () = stop.cancelled() => return Ok(()),
+                                    () = self.gate.pass() => {}
+                                }
+                            }
                             self.deliver(delivery).await?;
                         }
                         drop(weight);
@@ -98,6 +106,11 @@ impl Applier {
                 () = wait_until(idle_due) => self.write_idle().await?,
             }
         }
+    }
+
+    /// Nothing is open on the target, and nothing has begun that would open it.
+    fn is_between(&self) -> bool {
+        self.transaction.is_none() && self.batch.is_none()
     }
 
     async fn finish(mut self) -> Result<()> {
@@ -313,7 +326,7 @@ impl Applier {
     async fn write_idle(&mut self) -> Result<()> {
         self.idle_written = Instant::now();
         let Some(lsn) = self.idle.take() else { return Ok(()) };
-        if self.transaction.is_some() || self.batch.is_some() || lsn <= self.durable.borrow().lsn {
+        if !self.is_between() || !self.gate.is_open() || lsn <= self.durable.borrow().lsn {
             return Ok(());
         }
         let begin = StatementKey::Own("BEGIN");

@@ -79,6 +79,39 @@ impl MarkerWatch {
     }
 }
 
+/// Keeps following from beginning anything on the target while a cutover has brought back there what must not react to
+/// applied rows. A cutover closes it, and opens it once all that is held back again.
+#[derive(Clone)]
+pub struct Gate(watch::Sender<bool>);
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self(watch::Sender::new(true))
+    }
+}
+
+impl Gate {
+    /// From now on nothing is begun.
+    pub fn close(&self) {
+        self.0.send_replace(false);
+    }
+
+    /// Following goes on.
+    pub fn open(&self) {
+        self.0.send_replace(true);
+    }
+
+    fn is_open(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Waits until it is open.
+    async fn pass(&self) {
+        // An error would mean that it is gone; it is held here.
+        drop(self.0.subscribe().wait_for(|open| *open).await);
+    }
+}
+
 /// What the applier needs to know; fixed for one run.
 #[derive(Clone, Debug)]
 struct Settings {
@@ -113,6 +146,8 @@ pub struct Follow<'a> {
     pub durable: &'a watch::Sender<Durable>,
     /// Where a cutover leaves its marker.
     pub marker: &'a MarkerWatch,
+    /// What a cutover keeps following waiting with.
+    pub gate: &'a Gate,
     /// Takes reports.
     pub telemetry: &'a Telemetry,
 }
@@ -235,6 +270,7 @@ impl Follow<'_> {
             queue: receiver,
             durable: self.durable.clone(),
             marker: self.marker.clone(),
+            gate: self.gate.clone(),
             telemetry: self.telemetry.clone(),
             reached: reached.clone(),
             relations: HashMap::new(),

@@ -242,6 +242,12 @@ impl Server {
         &hosts[route.host.min(hosts.len() - 1)]
     }
 
+    /// The first host of the connection string; which of several is in use, only a [`Session`] knows.
+    #[must_use]
+    pub fn first_host(&self) -> &Host {
+        self.host(Route { host: 0, encrypted: false })
+    }
+
     /// Every way to try, in order.
     fn routes(&self) -> Vec<Route> {
         let conninfo = self.conninfo();

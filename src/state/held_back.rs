@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Store;
+use super::{Store, fence_sql, only_the_leader};
 use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
@@ -53,27 +53,46 @@ impl Store {
         self.execute(&self.release()).await.doing(|| "enabling triggers and rules")
     }
 
-    /// The same inside the write pause: gives up on a lock after `lock`, and on the whole at `deadline`.
+    /// The same inside the write pause of a cutover: gives up on a lock after `lock`, and on the whole at `deadline`.
+    ///
+    /// It happens only while the cutover is `preparing` and the move is this daemon's. A network may deliver it late, when
+    /// the cutover was given up: it then finds [`Store::abort_cutover`]'s word, and changes nothing.
     ///
     /// # Errors
-    /// As [`Store::release_held_back`]; class retry when a lock was not to be had.
-    pub async fn release_held_back_within(&self, lock: Duration, deadline: Instant) -> Result<()> {
+    /// As [`Store::release_held_back`]; class retry when a lock was not to be had, or the move is another daemon's.
+    pub async fn release_in_cutover(&self, cutover: i64, epoch: i64, lock: Duration, deadline: Instant) -> Result<()> {
         let left = deadline.saturating_duration_since(Instant::now()).as_millis().max(1);
-        self.execute(&format!(
-            "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {left}; {}; COMMIT",
-            lock.as_millis().max(1),
-            self.release()
-        ))
-        .await
-        .doing(|| "enabling triggers and rules on the target")
+        let released = self
+            .execute(&format!(
+                "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {left};
+                 SELECT 1 / count(*) FROM (
+                     SELECT FROM pgtandem.cutover WHERE id = {cutover} AND state = 'preparing' FOR NO KEY UPDATE) AS open;
+                 {}; {}; COMMIT",
+                lock.as_millis().max(1),
+                fence_sql(self.name.as_str(), epoch),
+                self.release()
+            ))
+            .await;
+        released.map_err(only_the_leader).doing(|| "enabling triggers and rules on the target")
     }
 
-    /// Undoes [`Store::release_held_back`], for a cutover that was given up. Can be repeated.
+    /// Undoes [`Store::release_held_back`] and closes the cutover as given up, both or neither. Can be repeated.
     ///
     /// # Errors
-    /// As there.
-    pub async fn hold_back_again(&self) -> Result<()> {
-        self.execute(&self.each_held_back("disable", "", "ASC")).await.doing(|| "disabling triggers and rules again")
+    /// As there; class retry if the move is another daemon's, or readers of the target keep a table locked.
+    pub async fn abort_cutover(&self, cutover: i64, epoch: i64, cause: &serde_json::Value) -> Result<()> {
+        let aborted = self
+            .execute(&format!(
+                "BEGIN; SET LOCAL lock_timeout = '2s';
+                 {};
+                 UPDATE pgtandem.cutover SET state = 'aborted', error = {} WHERE id = {cutover};
+                 {}; COMMIT",
+                fence_sql(self.name.as_str(), epoch),
+                quote_literal(&cause.to_string()),
+                self.each_held_back("disable", "", "ASC")
+            ))
+            .await;
+        aborted.map_err(only_the_leader).doing(|| "disabling triggers and rules again")
     }
 
     /// What is held back, in words.

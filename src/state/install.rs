@@ -4,6 +4,19 @@ use super::Store;
 use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
+/// Every table of the layout.
+pub(super) const TABLES: [&str; 9] = [
+    "cutover_step",
+    "cutover",
+    "request",
+    "missing_row",
+    "unkeyed_table",
+    "held_back",
+    "copy_table",
+    "progress",
+    "move",
+];
+
 /// Safe to run again. `progress` has a row of its own, apart from `move`, because it is rewritten by every batch:
 /// its fill factor leaves room for heap-only updates.
 const LAYOUT: &str = r"

@@ -1,7 +1,7 @@
 //! The journal of cutovers: which step was reached, so that a start after a death knows what to undo or finish.
 
-use super::{Store, json, unknown_word};
-use crate::error::{Class, Doing, Error, Result};
+use super::{Store, json, leadership_lost, leads, unknown_word};
+use crate::error::{Doing, Error, Result};
 
 /// How far a cutover is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,18 +64,22 @@ impl Store {
     /// Opens the journal of a new cutover.
     ///
     /// # Errors
-    /// The connection's.
-    pub async fn begin_cutover(&self, request_id: Option<i64>) -> Result<i64> {
+    /// Class retry: another daemon took the move. The connection's.
+    pub async fn begin_cutover(&self, request_id: Option<i64>, epoch: i64) -> Result<i64> {
         let session = self.session().await?;
         let row = session
             .get()?
-            .query_one(
-                "INSERT INTO pgtandem.cutover (move, request_id, state) VALUES ($1, $2, 'preparing') RETURNING id",
-                &[&self.name.as_str(), &request_id],
+            .query_opt(
+                &format!(
+                    "INSERT INTO pgtandem.cutover (move, request_id, state)
+                     SELECT $1, $2::int8, 'preparing' WHERE {} RETURNING id",
+                    leads("$1", "$3")
+                ),
+                &[&self.name.as_str(), &request_id, &epoch],
             )
             .await
             .doing(|| "opening the journal of the cutover")?;
-        Ok(row.try_get(0)?)
+        row.ok_or_else(leadership_lost)?.try_get(0).map_err(Error::from)
     }
 
     /// Writes a step, or overwrites it by its ordinal.
@@ -98,49 +102,60 @@ impl Store {
         Ok(())
     }
 
-    /// Moves a cutover on. Durable when it returns.
-    ///
-    /// # Errors
-    /// The connection's.
-    pub async fn set_cutover(
-        &self,
-        cutover: i64,
-        state: CutoverState,
-        write_pause_seconds: Option<f64>,
-        error: Option<&serde_json::Value>,
-    ) -> Result<()> {
-        let session = self.session().await?;
-        session
-            .get()?
-            .execute(
-                "UPDATE pgtandem.cutover SET state = $2, write_pause_seconds = COALESCE($3, write_pause_seconds),
-                     error = $4::text::jsonb WHERE id = $1",
-                &[&cutover, &state.as_str(), &write_pause_seconds, &error.map(ToString::to_string)],
-            )
-            .await
-            .doing(|| format!("journaling the cutover as {}", state.as_str()))?;
-        Ok(())
-    }
-
     /// The decision: from `preparing` to `switching`, if this daemon still holds the move. Durable when it returns.
     ///
     /// # Errors
     /// Class retry: another daemon took the move. The connection's.
     pub async fn decide_cutover(&self, cutover: i64, epoch: i64) -> Result<()> {
+        self.turn(cutover, epoch, CutoverState::Preparing, CutoverState::Switching, None).await
+    }
+
+    /// Takes the decision back: nobody was let in. The next start then undoes, whatever it finds on the source.
+    ///
+    /// # Errors
+    /// As [`Store::decide_cutover`].
+    pub async fn reconsider_cutover(&self, cutover: i64, epoch: i64) -> Result<()> {
+        self.turn(cutover, epoch, CutoverState::Switching, CutoverState::Preparing, None).await
+    }
+
+    /// The application is on the target.
+    ///
+    /// # Errors
+    /// As [`Store::decide_cutover`].
+    pub async fn conclude_cutover(&self, cutover: i64, epoch: i64, write_pause_seconds: f64) -> Result<()> {
+        self.turn(cutover, epoch, CutoverState::Switching, CutoverState::Done, Some(write_pause_seconds)).await
+    }
+
+    /// Whether the decision stands and is still this daemon's.
+    ///
+    /// # Errors
+    /// Class retry if not. The connection's.
+    pub async fn confirm_cutover(&self, cutover: i64, epoch: i64) -> Result<()> {
+        self.turn(cutover, epoch, CutoverState::Switching, CutoverState::Switching, None).await
+    }
+
+    async fn turn(
+        &self,
+        cutover: i64,
+        epoch: i64,
+        from: CutoverState,
+        to: CutoverState,
+        write_pause_seconds: Option<f64>,
+    ) -> Result<()> {
         let session = self.session().await?;
-        let decided = session
+        let turned = session
             .get()?
             .execute(
-                "UPDATE pgtandem.cutover SET state = 'switching' WHERE id = $1 AND state = 'preparing'
-                 AND EXISTS (SELECT FROM pgtandem.progress WHERE move = $2 AND epoch = $3)",
-                &[&cutover, &self.name.as_str(), &epoch],
+                &format!(
+                    "UPDATE pgtandem.cutover SET state = $4, write_pause_seconds = COALESCE($5, write_pause_seconds)
+                     WHERE id = $1 AND state IN ($3, $4) AND {}",
+                    leads("$2", "$6")
+                ),
+                &[&cutover, &self.name.as_str(), &from.as_str(), &to.as_str(), &write_pause_seconds, &epoch],
             )
             .await
-            .doing(|| "journaling the decision")?;
-        if decided == 1 {
-            return Ok(());
-        }
-        Err(Error::new(Class::Retry, "leadership_lost", "another daemon took this move during the cutover"))
+            .doing(|| format!("journaling the cutover as {}", to.as_str()))?;
+        if turned == 1 { Ok(()) } else { Err(leadership_lost()) }
     }
 
     /// Closes a cutover that another daemon began, as done; returns the write pause. That daemon took the time with it, so

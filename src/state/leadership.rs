@@ -44,6 +44,13 @@ impl Store {
         if !taken {
             return Ok(None);
         }
+        // A daemon whose machine vanished must not hold the move for as long as the server's own settings say.
+        session
+            .batch_execute(
+                "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3",
+            )
+            .await
+            .doing(|| "taking the move")?;
         let epoch = session
             .query_one(
                 "UPDATE pgtandem.progress SET epoch = epoch + 1 WHERE move = $1 RETURNING epoch",

@@ -106,6 +106,21 @@ fn unknown_word(what: &str, text: &str) -> Error {
     .hint("run the version of pgtandem that wrote the state, or start over with `pgtandem clean`")
 }
 
+fn leadership_lost() -> Error {
+    Error::new(Class::Retry, "leadership_lost", "another daemon took this move")
+}
+
+/// An SQL condition: the move (a text) is held by the daemon of this epoch.
+fn leads(move_name: &str, epoch: &str) -> String {
+    format!("EXISTS (SELECT FROM pgtandem.progress WHERE move = {move_name} AND epoch = {epoch})")
+}
+
+/// Puts into words what [`fence_sql`] ends a transaction with.
+#[must_use]
+pub fn only_the_leader(error: Error) -> Error {
+    if error.sqlstate() == Some("22012") { leadership_lost() } else { error }
+}
+
 /// What the state holds about the move itself.
 #[derive(Clone, Debug)]
 pub struct MoveRecord {
@@ -309,7 +324,8 @@ impl Store {
         })
     }
 
-    /// Removes every row of this move, and the schema with the last move in it.
+    /// Removes every row of this move; with the last one the tables, and the schema if nothing else is in it: the target
+    /// may be the source of another move, whose fence lives there as well.
     ///
     /// # Errors
     /// The connection's.
@@ -318,10 +334,17 @@ impl Store {
             "BEGIN;
              DELETE FROM pgtandem.move WHERE name = {name};
              DO $$ BEGIN
-                 IF NOT EXISTS (SELECT FROM pgtandem.move) THEN DROP SCHEMA pgtandem CASCADE; END IF;
+                 IF NOT EXISTS (SELECT FROM pgtandem.move) THEN
+                     DROP TABLE {tables};
+                     IF NOT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = 'pgtandem'::regnamespace)
+                        AND NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = 'pgtandem'::regnamespace) THEN
+                         DROP SCHEMA pgtandem;
+                     END IF;
+                 END IF;
              END $$;
              COMMIT",
-            name = quote_literal(self.name.as_str())
+            name = quote_literal(self.name.as_str()),
+            tables = install::TABLES.map(|table| format!("pgtandem.{table}")).join(", ")
         ))
         .await
         .doing(|| "removing the state of the move")

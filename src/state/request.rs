@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Store, json, unknown_word};
+use super::{Store, json, leads, unknown_word};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::Session;
 
@@ -113,11 +113,11 @@ impl Store {
         Ok(session)
     }
 
-    /// Takes the oldest waiting request, and turns down those that are too old and those that this version does not know.
+    /// Takes the oldest waiting request, if the move is of this epoch, and turns down those that are too old and those that this version does not know.
     ///
     /// # Errors
     /// The connection's.
-    pub async fn take_request(&self) -> Result<Option<Request>> {
+    pub async fn take_request(&self, epoch: i64) -> Result<Option<Request>> {
         self.refuse_unknown_requests().await?;
         let session = self.session().await?;
         let client = session.get()?;
@@ -133,9 +133,10 @@ impl Store {
                 &format!(
                     "UPDATE pgtandem.request SET state = 'running' WHERE id = (
                          SELECT id FROM pgtandem.request WHERE move = $1 AND state = 'waiting' ORDER BY id LIMIT 1)
-                     RETURNING {COLUMNS}"
+                     AND {} RETURNING {COLUMNS}",
+                    leads("$1", "$2")
                 ),
-                &[&self.name.as_str()],
+                &[&self.name.as_str(), &epoch],
             )
             .await
             .doing(|| "taking a request")?;
@@ -212,7 +213,7 @@ impl Store {
         Ok(count == 1)
     }
 
-    /// Requests that a daemon had begun when it died are answered by the start that undid or finished their cutover.
+    /// Requests that a daemon had begun when it ended are answered by the next start.
     ///
     /// # Errors
     /// The connection's.

@@ -19,7 +19,7 @@ use crate::config::{Config, CopyMethod};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::cutover::{self, Recovered, error_json};
 use crate::error::{Class, Doing, Error, Result};
-use crate::follow::{Durable, Follow, MarkerWatch, unkeyed, watching};
+use crate::follow::{Durable, Follow, Gate, MarkerWatch, unkeyed, watching};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::{QualifiedName, Server, Session, Side};
 use crate::preflight;
@@ -89,6 +89,7 @@ pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &
         telemetry,
         durable,
         marker: MarkerWatch::default(),
+        gate: Gate::default(),
         stop: stop.clone(),
     };
     let beside = CancellationToken::new();
@@ -113,6 +114,7 @@ struct Supervisor<'a> {
     telemetry: Telemetry,
     durable: watch::Sender<Durable>,
     marker: MarkerWatch,
+    gate: Gate,
     stop: CancellationToken,
 }
 
@@ -263,7 +265,9 @@ impl Supervisor<'_> {
         if let Some(recorded) = Recorded::load(&self.store).await? {
             self.telemetry.resumed(&recorded);
         }
-        let recovered = cutover::recover(self.config, &self.source, &self.store).await?;
+        // What a cutover of this very process left is undone here.
+        let recovered = cutover::recover(self.config, &self.source, &self.target, &self.store, epoch).await?;
+        self.gate.open();
         let mut walk = Walk { supervisor: self, epoch, kit: None };
         if recovered == Recovered::Finished {
             walk.finish().await?;
@@ -557,6 +561,7 @@ impl Walk<'_> {
             replica_role,
             durable: &s.durable,
             marker: &s.marker,
+            gate: &s.gate,
             telemetry: &s.telemetry,
         }
     }

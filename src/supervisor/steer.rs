@@ -121,7 +121,7 @@ impl<'a> Steering<'a> {
             if listener.as_ref().is_none_or(|session| session.is_closed()) {
                 listener = Some(s.store.listen().await?);
             }
-            while let Some(request) = s.store.take_request().await? {
+            while let Some(request) = s.store.take_request(self.epoch).await? {
                 if self.serve(&request).await? {
                     return Ok(Decision::Switched);
                 }
@@ -193,6 +193,7 @@ impl<'a> Steering<'a> {
             store: &s.store,
             durable: s.durable.subscribe(),
             marker: &s.marker,
+            gate: &s.gate,
             telemetry: &s.telemetry,
             epoch: self.epoch,
             cancel: self.alone.clone(),

@@ -59,6 +59,20 @@ impl Begun {
 }
 
 #[tokio::test]
+async fn the_fence_of_a_later_move_stays() {
+    // Given a target that is the source of another move, which was switched.
+    let begun = Begun::in_phase(Phase::Done).await;
+    let fence = "CREATE FUNCTION pgtandem.fence_next() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''moved''; END';
+        CREATE TRIGGER pgtandem_next_fence BEFORE INSERT ON t FOR EACH STATEMENT EXECUTE FUNCTION pgtandem.fence_next()";
+    begun.target.execute(fence).await;
+    let cleaned = begun.program.run(&["clean", "--yes"]).await;
+    assert_eq!(cleaned.code, Some(0), "{cleaned}");
+    assert_eq!(begun.target.query_strings(LEFT).await, ["pgtandem", "pgtandem_next_fence"]);
+    let state = "SELECT relname::text FROM pg_class WHERE relnamespace = 'pgtandem'::regnamespace";
+    assert_eq!(begun.target.query_strings(state).await, [""; 0]);
+}
+
+#[tokio::test]
 async fn what_was_held_back_comes_back_before_the_state_goes() {
     let begun = Begun::in_phase(Phase::Follow).await;
     assert_eq!(begun.target.query_strings(TRIGGER).await, ["D"]);
@@ -137,7 +151,7 @@ async fn a_request_of_a_newer_client_is_answered_with_no() {
                VALUES ('app', 'levitate', '{}', now() + interval '1 minute')";
     begun.target.execute(ask).await;
     let known = begun.store.submit(RequestKind::Cutover, &serde_json::json!({}), PATIENCE).await.expect("submit");
-    let taken = begun.store.take_request().await.expect("take").expect("a request");
+    let taken = begun.store.take_request(0).await.expect("take").expect("a request");
     assert_eq!(taken.id, known);
     let answer = "SELECT state || ' ' || (answer #>> '{error,code}') FROM pgtandem.request WHERE kind = 'levitate'";
     assert_eq!(begun.target.query_strings(answer).await, ["failed unknown_request"]);
@@ -159,7 +173,7 @@ async fn an_interrupted_cutover_is_called_off_or_goes_on() {
     // Given one that a daemon works on, then it goes on, and that is said.
     let asking = begun.program.spawn(&["cutover"]);
     wait_until("the request", PATIENCE, waiting).await;
-    begun.store.take_request().await.expect("take").expect("a request");
+    begun.store.take_request(0).await.expect("take").expect("a request");
     asking.terminate();
     let ended = asking.wait(PATIENCE).await;
     assert!(ended.code == Some(143) && ended.stderr.contains("goes on in the daemon"), "{ended}");

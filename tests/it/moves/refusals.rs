@@ -109,3 +109,32 @@ async fn a_hook_that_fails_after_a_death_is_undone() {
     goes_on(&stage, &load).await;
     finish(&stage, load, daemon).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_schema_changes_does_not_meet_the_fence() {
+    // Given a source that writes down each schema change, those of the fence too, in a table of the move.
+    let stage = Stage::new(versions_under_test(), scale(1)).await;
+    let log = "create table ddl_log (id uuid primary key default gen_random_uuid(), tag text,
+                   at timestamptz not null default clock_timestamp());
+               create function note_ddl() returns event_trigger language plpgsql as
+                   $$ begin insert into public.ddl_log (tag) values (tg_tag); end $$;
+               create event trigger note_ddl on ddl_command_end execute function note_ddl();
+               create event trigger note_ddl_early on ddl_command_start execute function note_ddl()";
+    stage.source.execute(log).await;
+    let load = Load::start(&stage, GENTLE);
+    let mut daemon = stage.daemon(&[]);
+    stage.wait_until_ready(&mut daemon).await;
+    // When a cutover fails behind the seal, then the fence lifts.
+    stage.hook_shall("refuse");
+    stage.fail_to_cut_over("60s", "the hook refuses").await;
+    stage.hook_is_well();
+    goes_on(&stage, &load).await;
+    // And the next one happens. What the seal itself wrote down is the only thing that stays behind.
+    stage.cut_over().await;
+    let last = "begin; set local pgtandem.fence = 'pass';
+                delete from ddl_log where id in (select id from ddl_log order by at desc limit 2); commit";
+    stage.source.execute(last).await;
+    let ended = daemon.wait(PATIENCE).await;
+    assert_eq!(ended.code, Some(0), "{ended}");
+    load.settle(&stage).await;
+}
