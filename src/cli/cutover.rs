@@ -119,7 +119,10 @@ async fn watch(store: &Store, id: i64, timeout: Duration, args: &Args) -> Result
         match store.request(id).await {
             Ok(Some(request)) => {
                 if !args.json && !args.dry_run {
-                    printed = print_steps(store, id, printed).await?;
+                    match print_steps(store, id, printed).await {
+                        Ok(count) => printed = count,
+                        Err(error) => lost = Some(error),
+                    }
                 }
                 match request.state {
                     RequestState::Succeeded | RequestState::Failed => return Ok(request),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::unkeyed;
 use crate::postgres::Server;
 use crate::state::Store;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Blocker, Telemetry};
 
 /// How often.
 const EVERY: Duration = Duration::from_secs(5);
@@ -15,9 +15,17 @@ const EVERY: Duration = Duration::from_secs(5);
 /// Looks again and again; never ends. A look that fails is tried again: following itself says what is wrong with a server.
 pub async fn run(source: &Server, target: &Server, store: &Store, telemetry: &Telemetry) -> Infallible {
     let mut watch = unkeyed::Watch::default();
+    let mut kept = None;
     loop {
         match watch.check(source, target, store).await {
-            Ok(blockers) => telemetry.blockers(blockers),
+            Ok(blockers) => {
+                let found: Vec<_> = blockers.iter().map(Blocker::to_json).collect();
+                telemetry.blockers(&blockers);
+                // For whoever asks without the daemon; no harm if it fails once.
+                if kept.as_ref() != Some(&found) && store.set_blockers(&found).await.is_ok() {
+                    kept = Some(found);
+                }
+            }
             Err(error) => tracing::debug!(%error, "tables without a replica identity cannot be looked at"),
         }
         tokio::time::sleep(EVERY).await;

@@ -258,7 +258,8 @@ impl Plan {
                 .join(" AND "),
             Finder::WholeRow => {
                 // Compared as printed: works for types without equality, and tells 1.0 from 1.00. Of rows that look
-                // the same any one will do, but only one. IS NULL would also find a composite whose fields are all NULL.
+                // the same any one will do, but only one; a collation of the column may hold more of them for the same.
+                // IS NULL would also find a composite whose fields are all NULL.
                 let alike = self
                     .columns
                     .iter()
@@ -268,7 +269,7 @@ impl Plan {
                             format!("{} IS NOT DISTINCT FROM NULL", column.name)
                         } else {
                             format!(
-                                "pg_catalog.format('%s', {0}) = {1}::text AND {0} IS DISTINCT FROM NULL",
+                                "pg_catalog.format('%s', {0}) COLLATE \"C\" = {1}::text AND {0} IS DISTINCT FROM NULL",
                                 column.name,
                                 parameter()
                             )

@@ -146,6 +146,7 @@ mod tests {
     #[test]
     fn a_stream_of_another_server_is_refused() {
         let record = |identity: Value| MoveRecord {
+            blockers: Vec::new(),
             phase: Phase::Follow,
             phase_since: String::new(),
             source_identity: identity,

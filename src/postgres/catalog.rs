@@ -62,9 +62,14 @@ pub const IS_USER_TABLE: &str = r"
         SELECT FROM pg_catalog.pg_depend d
         WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')";
 
+/// Of the columns of a key.
+const KEY_IS_PUBLISHED: &str =
+    "NOT bool_or(a.attgenerated <> '') OR pg_catalog.current_setting('server_version_num')::int4 >= 180000";
+
 /// All user tables that store rows, largest first. The caller filters by scope.
 ///
-/// A virtual generated column cannot be published, so a whole row that holds one identifies nothing.
+/// A virtual generated column cannot be published, so a whole row that holds one identifies nothing. Before 18 the same is
+/// true of a stored one as a part of a key. A table that is dropped meanwhile has no size.
 ///
 /// # Errors
 /// The connection's.
@@ -76,8 +81,8 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
                cols.names, cols.types, cols.generated, cols.identity_always,
                COALESCE(pk.columns, '{{}}'), COALESCE(ri.columns, '{{}}'),
                rn.nspname, rc.relname,
-               pg_catalog.pg_relation_size(c.oid),
-               pg_catalog.pg_table_size(c.oid)
+               COALESCE(pg_catalog.pg_relation_size(c.oid), 0),
+               COALESCE(pg_catalog.pg_table_size(c.oid), 0)
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         CROSS JOIN LATERAL (
@@ -93,13 +98,15 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
             FROM pg_catalog.pg_index i
             CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid AND k.ord <= i.indnkeyatts) pk ON true
+            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid AND k.ord <= i.indnkeyatts
+            HAVING {KEY_IS_PUBLISHED}) pk ON true
         LEFT JOIN LATERAL (
             SELECT array_agg(a.attname::text ORDER BY k.ord) AS columns
             FROM pg_catalog.pg_index i
             CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-            WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts) ri ON true
+            WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts
+            HAVING {KEY_IS_PUBLISHED}) ri ON true
         LEFT JOIN LATERAL (
             SELECT pg_catalog.pg_partition_root(c.oid) AS oid WHERE c.relispartition) root ON true
         LEFT JOIN pg_catalog.pg_class rc ON rc.oid = root.oid

@@ -57,6 +57,7 @@ pub const PINNED_SETTINGS: &str = "\
     SET bytea_output = 'hex';
     SET lc_monetary = 'C';
     SET xmloption = content;
+    SET array_nulls = on;
     SET standard_conforming_strings = on;
     SET statement_timeout = 0;
     SET lock_timeout = 0;

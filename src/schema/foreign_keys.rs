@@ -7,7 +7,7 @@
 
 use std::collections::HashSet;
 
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_literal};
 use crate::state::{HeldBack, Store};
 
@@ -82,28 +82,41 @@ impl ForeignKeys {
     }
 
     /// Checks the old rows of those that were added unchecked, one after the other; can be repeated. The event triggers
-    /// that came from the source do not see our statement, and see everything that others do meanwhile.
-    ///
-    /// # Errors
-    /// The target's refusal, which names the key: rows without a partner.
-    pub async fn validate(&self, target: &Server, store: &Store) -> Result<()> {
+    /// that came from the source do not see our statement, and see everything that others do meanwhile. What cannot be
+    /// checked stays as it is, with a line in the log: the application is on the target by now.
+    pub async fn validate(&self, target: &Server, store: &Store) {
+        let unchecked = async {
+            let session = target.connect("foreign keys").await?;
+            let present = present(&session).await?;
+            Ok((session, present))
+        };
+        let (session, present) = match unchecked.await {
+            Ok(found) => found,
+            Err(error) => return warn(&error),
+        };
         let [disable, enable] = store.around_event_triggers();
-        let session = target.connect("foreign keys").await?;
-        let present = present(&session).await?;
-        for key in self.0.iter().filter(|key| key.validated) {
-            if present.get(&key.id()) == Some(&false) {
-                let name = quote_identifier(&key.name);
-                session
-                    .batch_execute(&format!(
-                        "BEGIN; {disable}; ALTER TABLE {} VALIDATE CONSTRAINT {name}; {enable}; COMMIT",
-                        key.table
-                    ))
-                    .await
-                    .doing(|| format!("validating the foreign key {} of {}", key.name, key.table.plain()))?;
+        for key in self.0.iter().filter(|key| key.validated && present.get(&key.id()) == Some(&false)) {
+            let statement = format!("ALTER TABLE {} VALIDATE CONSTRAINT {}", key.table, quote_identifier(&key.name));
+            let validated = session
+                .batch_execute(&format!("BEGIN; {disable}; {statement}; {enable}; COMMIT"))
+                .await
+                .doing(|| format!("validating the foreign key {} of {}", key.name, key.table.plain()));
+            if let Err(error) = validated {
+                warn(&error.hint(statement));
+                if let Err(error) = session.batch_execute("ROLLBACK").await {
+                    return warn(&error.into());
+                }
             }
         }
-        Ok(())
     }
+}
+
+fn warn(error: &Error) {
+    tracing::warn!(
+        code = error.code(),
+        hint = error.hint_text(),
+        "a foreign key holds for new rows, and its old ones were not checked: {error}"
+    );
 }
 
 type Id = (String, String, String);

@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.move (
     constraints_done boolean NOT NULL DEFAULT false,
     schema_unfinished boolean NOT NULL DEFAULT false,
     error            jsonb,
+    blockers         jsonb NOT NULL DEFAULT '[]',
     created_at       timestamptz NOT NULL DEFAULT now()
 );
 

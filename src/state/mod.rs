@@ -138,6 +138,8 @@ pub struct MoveRecord {
     pub constraints_done: bool,
     /// The error that stopped the daemon last, if it has not been overcome.
     pub error: Option<serde_json::Value>,
+    /// What the daemon found to block the move when it looked last.
+    pub blockers: Vec<serde_json::Value>,
 }
 
 /// Up to where the target holds everything.
@@ -211,7 +213,8 @@ impl Store {
             .get()?
             .query_opt(
                 r#"SELECT phase, to_char(phase_since AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'),
-                          source_identity::text, slot_lsn::text, last_cut_lsn::text, constraints_done, error::text
+                          source_identity::text, slot_lsn::text, last_cut_lsn::text, constraints_done, error::text,
+                          ARRAY(SELECT b::text FROM pg_catalog.jsonb_array_elements(blockers) b)
                    FROM pgtandem.move WHERE name = $1"#,
                 &[&self.name.as_str()],
             )
@@ -226,6 +229,7 @@ impl Store {
                 last_cut_lsn: lsn(row.try_get(4)?)?,
                 constraints_done: row.try_get(5)?,
                 error: row.try_get::<_, Option<String>>(6)?.as_deref().map(json).transpose()?,
+                blockers: row.try_get::<_, Vec<String>>(7)?.iter().map(|text| json(text)).collect::<Result<_>>()?,
             })
         })
         .transpose()
@@ -266,6 +270,15 @@ impl Store {
     pub async fn set_error(&self, error: Option<&serde_json::Value>) -> Result<()> {
         let value = error.map_or_else(|| "NULL".to_owned(), |error| quote_literal(&error.to_string()));
         self.update(&format!("error = {value}")).await
+    }
+
+    /// Keeps what blocks the move, for `status`.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn set_blockers(&self, blockers: &[serde_json::Value]) -> Result<()> {
+        let value = serde_json::Value::from(blockers.to_vec());
+        self.update(&format!("blockers = {}", quote_literal(&value.to_string()))).await
     }
 
     /// The slot was made and the first cut is known; progress begins at it.

@@ -621,24 +621,25 @@ impl Walk<'_> {
         }
     }
 
-    /// After the switch: checks what could not be checked under the fence, and lets the source forget us.
+    /// After the switch: lets the source forget us, and checks what could not be checked under the fence.
     async fn finish(&mut self) -> Result<()> {
         let s = self.supervisor;
         s.enter_phase(Phase::Done).await?;
+        // First, for the source keeps WAL until then. It may be switched off already; its slot goes with it then.
+        if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
+            tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
+        }
         let session = s.target.connect("control").await?;
         if !schema::can_set_replica_role(&session).await? {
+            // The definitions are asked of the source, before it may be switched off.
             match self.kit().await {
-                Ok(kit) => kit.archive.foreign_keys().validate(&s.target, &s.store).await?,
+                Ok(kit) => kit.archive.foreign_keys().validate(&s.target, &s.store).await,
                 Err(error) => tracing::warn!(
                     %error,
                     "foreign keys that were added at the cutover may not be validated yet, and the source cannot be asked \
                      which; ALTER TABLE … VALIDATE CONSTRAINT does it"
                 ),
             }
-        }
-        // The source may be switched off already; its slot goes with it then.
-        if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
-            tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
         }
         Ok(())
     }

@@ -60,6 +60,14 @@ pub struct Blocker {
     pub hint: String,
 }
 
+impl Blocker {
+    /// As it is kept in the state.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({"code": self.code, "message": self.message, "hint": self.hint})
+    }
+}
+
 /// What a batch changed on the target, reported after its commit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BatchApplied {
@@ -155,6 +163,7 @@ impl Telemetry {
         model.phase_since = Some(recorded.record.phase_since.clone());
         model.base = (progress.transactions, progress.changes);
         model.error = recorded.record.error.as_ref().map(Problem::from_value);
+        model.blockers = recorded.record.blockers.iter().map(Problem::from_value).collect();
         model.cutover = recorded.cutover.as_ref().map(Into::into).unwrap_or_default();
     }
 
@@ -172,15 +181,15 @@ impl Telemetry {
     }
 
     /// What blocks the move now; empty: nothing.
-    pub fn blockers(&self, blockers: Vec<Blocker>) {
+    pub fn blockers(&self, blockers: &[Blocker]) {
+        let blockers: Vec<Problem> = blockers.iter().map(Problem::from).collect();
         let mut model = self.model();
         let new: Vec<_> = blockers.iter().filter(|blocker| !model.blockers.contains(blocker)).cloned().collect();
         let lifted = blockers.is_empty() && !model.blockers.is_empty();
         model.blockers = blockers;
         drop(model);
         for blocker in new {
-            let (message, hint) = (redact::shown(&blocker.message), redact::shown(&blocker.hint));
-            warn!(code = blocker.code, hint, "blocked: {message}");
+            warn!(code = blocker.code, hint = blocker.hint, "blocked: {}", blocker.message);
         }
         if lifted {
             info!("nothing blocks the move any more");

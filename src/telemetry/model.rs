@@ -59,7 +59,7 @@ pub(super) struct Model {
     pub(super) phase: Phase,
     pub(super) phase_since: Option<String>,
     pub(super) activity: Option<String>,
-    pub(super) blockers: Vec<Blocker>,
+    pub(super) blockers: Vec<Problem>,
     pub(super) target_version: Option<String>,
     sample: Option<(SourceSample, Instant)>,
     pub(super) lag: LagHistory,
@@ -149,7 +149,7 @@ impl Model {
 
     /// What was reported, and what the last sample of the slot says by itself.
     pub(super) fn all_blockers(&self) -> Vec<Problem> {
-        let mut all: Vec<_> = self.blockers.iter().map(Problem::from).collect();
+        let mut all: Vec<_> = self.blockers.clone();
         if let Some(problem) = self.slot_problem()
             && !all.iter().any(|known| known.code == problem.code)
         {

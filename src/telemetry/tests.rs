@@ -102,7 +102,7 @@ fn eventful() -> Telemetry {
     telemetry.missing_row(&orders());
     telemetry.compared(&orders(), 2);
     telemetry.verified();
-    telemetry.blockers(vec![Blocker {
+    telemetry.blockers(&[Blocker {
         code: "prepared_transaction",
         message: "one is open".into(),
         hint: "end it".into(),
@@ -193,7 +193,7 @@ fn what_is_unknown_is_left_out_of_the_metrics() {
 fn a_blocker_that_went_away_is_zero() {
     let telemetry = eventful();
     telemetry.metrics_text().unwrap();
-    telemetry.blockers(Vec::new());
+    telemetry.blockers(&[]);
     assert_eq!(
         value(&telemetry.metrics_text().unwrap(), r#"pgtandem_blocker{code="prepared_transaction"}"#),
         Some(0.0)
@@ -258,6 +258,7 @@ fn recorded() -> Recorded {
     };
     Recorded {
         record: MoveRecord {
+            blockers: vec![serde_json::json!({"code": "in_the_way", "message": "something", "hint": "move it"})],
             phase: Phase::Copy,
             phase_since: "2026-01-02T03:04:05.678Z".into(),
             source_identity: serde_json::Value::Null,
@@ -330,7 +331,7 @@ fn ready_means_following_close_behind_with_nothing_in_the_way() {
     assert_eq!(telemetry.readiness(), Ok(()));
 
     let blocked = following();
-    blocked.blockers(vec![Blocker { code: "x", message: "something is in the way".into(), hint: String::new() }]);
+    blocked.blockers(&[Blocker { code: "x", message: "something is in the way".into(), hint: String::new() }]);
     let elsewhere = following();
     elsewhere.phase(Phase::Catchup);
     let behind = following();
@@ -375,7 +376,7 @@ fn no_secret_is_shown_anywhere() {
     let error = Error::new(Class::Wait, "x", format!("cannot reach {url}")).doing(pairs.clone()).hint(url.clone());
     telemetry.error(&error);
     telemetry.standing_error(Some(&error));
-    telemetry.blockers(vec![Blocker { code: "x", message: pairs.clone(), hint: url.clone() }]);
+    telemetry.blockers(&[Blocker { code: "x", message: pairs.clone(), hint: url.clone() }]);
     telemetry.target_version(&url);
     telemetry.activity(&pairs);
     telemetry.source(SourceSample { version: url, ..sample() });

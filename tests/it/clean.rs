@@ -173,7 +173,7 @@ async fn an_interrupted_cutover_is_called_off_or_goes_on() {
     // Given one that a daemon works on, then it goes on, and that is said.
     let asking = begun.program.spawn(&["cutover"]);
     wait_until("the request", PATIENCE, waiting).await;
-    begun.store.take_request(0).await.expect("take").expect("a request");
+    begun.store.take_request(leadership.epoch()).await.expect("take").expect("a request");
     asking.terminate();
     let ended = asking.wait(PATIENCE).await;
     assert!(ended.code == Some(143) && ended.stderr.contains("goes on in the daemon"), "{ended}");

@@ -61,13 +61,17 @@ async fn the_status_without_a_daemon_comes_from_both_servers() {
 async fn the_command_prints_one_document() {
     let (source, target) = Cluster::pair().await;
     let config = config(&source.database("postgres").url(), &target.database("postgres").url());
-    begun(&config, &source).await;
+    let (store, _) = begun(&config, &source).await;
+    let blocker = serde_json::json!({"code": "unkeyed_changed", "message": "m", "hint": "h"});
+    store.set_blockers(std::slice::from_ref(&blocker)).await.expect("blockers");
     let stop = CancellationToken::new();
 
     let mut json = Vec::new();
     print(&config, Print { json: true, ..Print::default() }, &mut json, &stop).await.expect("print");
     let document: serde_json::Value = serde_json::from_slice(&json).expect("one JSON document");
     assert_eq!((&document["phase"], json.last()), (&"follow".into(), Some(&b'\n')));
+    assert!(document["blockers"].as_array().expect("blockers").contains(&blocker), "{document}");
+    assert_eq!(document["ready"], false);
 
     let mut text = Vec::new();
     print(&config, Print::default(), &mut text, &stop).await.expect("print");

@@ -265,7 +265,8 @@ fn keepalive(pairs: &Pairs) -> Result<Keepalive> {
             Some(count) => u32::try_from(count).ok().filter(|count| *count > 0),
         },
         user_timeout: match integer(pairs, "tcp_user_timeout")? {
-            None => Some(Duration::from_secs(60)),
+            // A server that does not read for a while, such as one that waits for a lock, is not gone.
+            None => Some(Duration::from_secs(300)),
             Some(milliseconds) if milliseconds <= 0 => None,
             Some(milliseconds) => Some(Duration::from_millis(milliseconds.unsigned_abs())),
         },
