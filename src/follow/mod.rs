@@ -29,7 +29,7 @@ use crate::config::{Config, MissingRow, MoveName};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
-use crate::postgres::{Lsn, QualifiedName, Server, Side};
+use crate::postgres::{Lsn, QualifiedName, Server, Session, Side};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
 
@@ -246,10 +246,11 @@ impl Follow<'_> {
         });
         self.telemetry.applied(progress.lsn, progress.commit_micros);
 
+        let catalog = self.target.connect("catalog").await?;
+        self.end_earlier(&catalog).await?;
         let wire = self.apply_connection().await?;
         let backend = wire.process_id();
         let pipeline = pipeline::Pipeline::new(wire);
-        let catalog = self.target.connect("catalog").await?;
         let tables = self.store.tables().await?;
         let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
         let stream = self.stream(progress.lsn, version).await?;
@@ -282,6 +283,19 @@ impl Follow<'_> {
             idle_written: Instant::now(),
         };
         Ok(Ends { reader, applier, backend, moved })
+    }
+
+    /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
+    /// lock does not notice that its client is gone, and each of them would keep the locks of its batch.
+    async fn end_earlier(&self, session: &Session) -> Result<()> {
+        let ended = session
+            .query(END_EARLIER, &[&self.target.application_name("apply")])
+            .await
+            .doing(|| "ending the sessions of an earlier batch")?;
+        if !ended.is_empty() {
+            tracing::info!(sessions = ended.len(), "ended what was left of an earlier batch on the target");
+        }
+        Ok(())
     }
 
     /// Ends the session of an abandoned batch. A server that waits for a lock does not notice that its client is gone,
@@ -337,6 +351,12 @@ impl Follow<'_> {
 const END_SESSION: &str = "
     SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
     WHERE pid = $1 AND application_name = $2 AND datname = pg_catalog.current_database()";
+
+/// `$1` application name.
+const END_EARLIER: &str = "
+    SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+    WHERE application_name = $1 AND usename = CURRENT_USER AND pid <> pg_catalog.pg_backend_pid()
+      AND datname = pg_catalog.current_database()";
 
 /// The two ends of a run, ready to go.
 struct Ends {

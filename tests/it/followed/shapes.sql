@@ -38,6 +38,11 @@ CREATE TYPE half AS (a int, b int);
 CREATE TABLE full_composites (v half, j json, p point);
 ALTER TABLE full_composites REPLICA IDENTITY FULL;
 INSERT INTO full_composites VALUES ('(1,)', '{"a":1}', '(1,2)'), ('(,)', NULL, NULL), (NULL, 'null', NULL), ('(1,2)', NULL, '(0,0)');
+-- The column holds values for the same that are not.
+CREATE COLLATION alike (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+CREATE TABLE full_alike (v text COLLATE alike);
+ALTER TABLE full_alike REPLICA IDENTITY FULL;
+INSERT INTO full_alike SELECT c || i FROM generate_series(1, 20) i, unnest('{a,A}'::text[]) c;
 CREATE TABLE by_index (a int NOT NULL, b text NOT NULL, c text);
 CREATE UNIQUE INDEX by_index_b_a ON by_index (b, a);
 ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_index_b_a;

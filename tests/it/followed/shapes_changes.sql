@@ -33,6 +33,8 @@ INSERT INTO full_composites VALUES (NULL, NULL, NULL), ('(ROUND,)', '[]', '(0,-0
 UPDATE by_index SET c = 'ROUND' WHERE a % 2 = 0;
 UPDATE by_index SET a = a + 1000 * ROUND WHERE a % 3 = 0;
 DELETE FROM by_index WHERE a = ROUND + 6;
+DELETE FROM full_alike WHERE v = ('A' || 2 * ROUND) COLLATE "C";
+UPDATE full_alike SET v = v || 'ROUND' WHERE v = ('A' || 2 * ROUND + 1) COLLATE "C";
 INSERT INTO log_only (line) VALUES ('twice'), ('twice');
 INSERT INTO late_key VALUES (1000 * ROUND, 'new');
 INSERT INTO no_columns DEFAULT VALUES;
