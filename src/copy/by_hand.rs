@@ -42,12 +42,14 @@ pub async fn offer(
     cut::first(source, store, telemetry, cancel).await
 }
 
-/// Takes every table over as copied under the move's first cut.
+/// Takes every table that is pending over as copied under the move's first cut. To be called before anything else
+/// was copied: tables that came to the move later are not in the copy made by hand.
 ///
 /// # Errors
 /// Class operator: there is no cut, because `pgtandem snapshot` was not run.
 pub async fn accept(store: &Store) -> Result<()> {
-    let Some(lsn) = store.find().await?.and_then(|found| found.slot_lsn) else {
+    let found = store.find().await?;
+    let Some(lsn) = found.as_ref().and_then(|found| found.slot_lsn) else {
         return Err(Error::new(
             Class::Operator,
             "no_snapshot",
@@ -55,5 +57,9 @@ pub async fn accept(store: &Store) -> Result<()> {
         )
         .hint("run `pgtandem snapshot`, copy the rows from the snapshot that it prints, then start again"));
     };
+    if found.is_some_and(|found| found.last_cut_lsn != Some(lsn)) {
+        // The copy goes on under a newer cut, which only tables of a later day need.
+        return Ok(());
+    }
     store.record_all_copied(lsn).await.doing(|| "taking over the copy made by hand")
 }

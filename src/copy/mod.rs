@@ -47,8 +47,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub use analyze::analyze;
+pub(crate) use worker::holds_strange_rows;
 
-use crate::config::{self, Scope};
+use crate::config::{self, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
@@ -145,19 +146,7 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
 /// Reads the catalog as the cut shows it, makes the plan and writes it down.
 async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
     let session = context.source.connect("copy").await?;
-    session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
-    let mut tables = catalog::tables(&*session).await?;
-    tables.retain(|table| context.scope.contains(&table.name.schema, &table.name.name));
-    let name = context.store.name();
-    let unpublished =
-        publication::unpublished(&*session, [name.publication(), name.insert_publication()], &tables).await?;
-    if let Some(table) = unpublished.first() {
-        return Err(Error::new(
-            Class::Retry,
-            "table_not_published",
-            format!("the table {} was made while the cut was taken; it is published next time", table.plain()),
-        ));
-    }
+    let tables = shown(&session, &context.scope, context.store.name(), cut).await?;
     let splitting = splitting(&session, &context.settings).await?;
     session.batch_execute("COMMIT").await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
@@ -171,6 +160,34 @@ async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
         context.telemetry.copy_table(&record.name, record.state, rows, bytes, record.bytes_total);
     }
     Ok(plan::plan(tables, &records, splitting))
+}
+
+/// The tables in scope as a cut shows them, each of them published since before it.
+///
+/// # Errors
+/// Class retry: one was made while the cut was taken; under another one it is in place.
+pub async fn tables_of_cut(source: &Server, scope: &Scope, name: &MoveName, cut: &Cut) -> Result<Vec<Table>> {
+    let session = source.connect("copy").await?;
+    let tables = shown(&session, scope, name, cut).await?;
+    session.batch_execute("COMMIT").await?;
+    Ok(tables)
+}
+
+/// As [`tables_of_cut`]; the session stays in the transaction that sees the cut.
+async fn shown(session: &Session, scope: &Scope, name: &MoveName, cut: &Cut) -> Result<Vec<Table>> {
+    session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
+    let mut tables = catalog::tables(&**session).await?;
+    tables.retain(|table| scope.contains(&table.name.schema, &table.name.name));
+    let unpublished =
+        publication::unpublished(&**session, [name.publication(), name.insert_publication()], &tables).await?;
+    match unpublished.first() {
+        None => Ok(tables),
+        Some(table) => Err(Error::new(
+            Class::Retry,
+            "table_not_published",
+            format!("the table {} was made while the cut was taken; it is published next time", table.plain()),
+        )),
+    }
 }
 
 /// Whether and how the source can be read in ranges of blocks.

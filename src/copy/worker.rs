@@ -8,6 +8,7 @@ use super::plan::Unit;
 use super::pump::{self, Moved};
 use super::{Context, InFlight, Job, blockers, statements};
 use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::QualifiedName;
 use crate::postgres::replication::Cut;
 use crate::postgres::wire::{Mode, Wire};
 use crate::state::{TableState, copied_sql, copying_sql, fence_sql, only_the_leader};
@@ -150,12 +151,7 @@ async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<()> {
     let rows = target.query(&statements::begin_alone(name)).await?;
     let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("t");
     if !is_empty && !table.planned.begun {
-        return Err(Error::new(
-            Class::Operator,
-            "target_table_not_empty",
-            format!("the table {} of the target holds rows that this move did not write", name.plain()),
-        )
-        .hint(format!("if they may go: TRUNCATE {name} on the target, then start again")));
+        return Err(holds_strange_rows(name));
     }
     // Also where it is empty: COPY's FREEZE asks for it.
     target.query(&statements::empty(name)).await?;
@@ -171,6 +167,16 @@ async fn commit(target: &mut Wire, job: &Job, table: &InFlight, copied: Option<M
         .unwrap_or_default();
     target.query(&format!("{fence}; {record}COMMIT")).await.map_err(only_the_leader)?;
     Ok(())
+}
+
+/// A table of the target that the move never wrote to is not empty.
+pub(crate) fn holds_strange_rows(table: &QualifiedName) -> Error {
+    Error::new(
+        Class::Operator,
+        "target_table_not_empty",
+        format!("the table {} of the target holds rows that this move did not write", table.plain()),
+    )
+    .hint(format!("if they may go: TRUNCATE {table} on the target, then start again"))
 }
 
 /// Locks the table for this unit, says who holds it if that takes long, and makes sure that the snapshot still shows

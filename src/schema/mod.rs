@@ -26,7 +26,7 @@ pub mod programs;
 mod restore;
 pub mod toc;
 
-pub use data::DataArchive;
+pub use data::{DataArchive, Loading};
 pub use dump::{Archive, DumpRequest, dump};
 pub use foreign_keys::ForeignKeys;
 pub use programs::Programs;

@@ -97,13 +97,13 @@ pub fn fence_sql(move_name: &str, epoch: i64) -> String {
 }
 
 impl Store {
-    /// Every table that is not copied yet was copied by hand under this cut.
+    /// Every table that is pending was copied by hand under this cut.
     ///
     /// # Errors
     /// The connection's.
     pub async fn record_all_copied(&self, cut: Lsn) -> Result<()> {
         self.execute(&format!(
-            "UPDATE pgtandem.copy_table SET state = 'copied', cut_lsn = '{cut}' WHERE move = {} AND state <> 'copied'",
+            "UPDATE pgtandem.copy_table SET state = 'copied', cut_lsn = '{cut}' WHERE move = {} AND state = 'pending'",
             quote_literal(self.name.as_str())
         ))
         .await

@@ -23,7 +23,7 @@ use crate::follow::{Durable, Follow, Gate, MarkerWatch, unkeyed, watching};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::{QualifiedName, Server, Session, Side};
 use crate::preflight;
-use crate::schema::{self, Archive, DataArchive, DumpRequest, Programs, Restorer};
+use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
 use crate::state::{Leadership, MoveRecord, Phase, Store, TableState};
 use crate::telemetry::Recorded;
 use crate::telemetry::progress::{self, Terminal};
@@ -384,14 +384,16 @@ impl Walk<'_> {
     async fn copy(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Copy);
-        match s.config.copy.method {
-            CopyMethod::Copy => {
-                if self.copy_rows().await? == copy::Outcome::Stopped {
-                    return Ok(Some(End::Stopped));
-                }
+        // Tables that came to the move later are in no archive and in nobody's copy by hand.
+        if self.nothing_copied().await? {
+            match s.config.copy.method {
+                CopyMethod::Copy => {}
+                CopyMethod::Dump => self.copy_by_dump().await?,
+                CopyMethod::None => by_hand::accept(&s.store).await?,
             }
-            CopyMethod::Dump => self.copy_by_dump().await?,
-            CopyMethod::None => by_hand::accept(&s.store).await?,
+        }
+        if self.copy_rows().await? == copy::Outcome::Stopped {
+            return Ok(Some(End::Stopped));
         }
         self.kit().await?;
         let tables = self.tables().await?;
@@ -448,39 +450,46 @@ impl Walk<'_> {
             && tables.iter().all(|table| table.state == TableState::Copied))
     }
 
+    async fn nothing_copied(&self) -> Result<bool> {
+        Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state != TableState::Copied))
+    }
+
     /// `copy.method = "dump"`: the archive is complete or made, then restored.
     async fn copy_by_dump(&mut self) -> Result<()> {
-        if self.all_copied().await? {
-            return Ok(());
-        }
         self.kit().await?;
         let s = self.supervisor;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
-        let tables = self.tables().await?;
-        let names: Vec<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
         let folder = DataArchive::default_folder(&s.config.name);
-        let owner = format!("{} of {}", s.config.name, s.record().await?.source_identity);
+        let record = s.record().await?;
+        let owner = format!("{} of {}", s.config.name, record.source_identity);
         let mut archive = DataArchive::open(&folder, &s.config.name, &owner)?;
-        let known = s.record().await?.slot_lsn;
-        if archive.cut()?.is_none() || known.is_none() {
-            let cancel = s.stop.child_token();
-            publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
-            unkeyed::remember(&s.source, &s.store, &tables).await?;
-            let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
-            s.store.plan_tables(&sizes).await?;
-            let (exporter, cut) = self.cut(&cancel).await?;
-            s.telemetry.activity(&format!("dumping rows into {}", folder.display()));
-            let request = DumpRequest {
-                source: &s.source,
-                programs: &kit.programs,
-                scope: &s.config.scope,
-                snapshot: Some(&cut.snapshot),
-            };
-            archive.dump(request, cut.lsn, s.config.copy.workers).await?;
-            exporter.close().await;
+        let complete = archive.cut()?;
+        if complete.is_none() || record.slot_lsn.is_none() {
+            self.dump_rows(&mut archive, &kit.programs).await?;
         }
         s.telemetry.activity(&format!("restoring rows from {}", folder.display()));
-        archive.restore(&s.target, &s.store, &kit.programs, &names, s.config.copy.workers).await
+        let (epoch, workers) = (self.epoch, s.config.copy.workers);
+        let loading = Loading { target: &s.target, store: &s.store, programs: &kit.programs, epoch, workers };
+        archive.restore(loading).await
+    }
+
+    async fn dump_rows(&self, archive: &mut DataArchive, programs: &Programs) -> Result<()> {
+        let s = self.supervisor;
+        archive.invalidate()?;
+        let tables = self.tables().await?;
+        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+        unkeyed::remember(&s.source, &s.store, &tables).await?;
+        let (exporter, cut) = self.cut(&s.stop.child_token()).await?;
+        let tables = copy::tables_of_cut(&s.source, &s.config.scope, &s.config.name, &cut).await?;
+        let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
+        s.store.plan_tables(&sizes).await?;
+        let folder = DataArchive::default_folder(&s.config.name);
+        s.telemetry.activity(&format!("dumping rows into {}", folder.display()));
+        let request =
+            DumpRequest { source: &s.source, programs, scope: &s.config.scope, snapshot: Some(&cut.snapshot) };
+        archive.dump(request, cut.lsn, &tables, s.config.copy.workers).await?;
+        exporter.close().await;
+        Ok(())
     }
 
     /// Follows until the target is a state that the source once had, then adds the foreign keys, which only such a

@@ -10,6 +10,7 @@ mod clean;
 mod command_line;
 mod connecting;
 mod copy;
+mod copy_methods;
 mod demo;
 mod docs;
 mod followed;

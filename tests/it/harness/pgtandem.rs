@@ -35,6 +35,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_pgtandem");
 pub struct Pgtandem {
     environment: Vec<(OsString, OsString)>,
     config: Option<String>,
+    working_folder: Option<PathBuf>,
 }
 
 impl Pgtandem {
@@ -50,7 +51,7 @@ impl Pgtandem {
 
     /// The program without a word about its servers.
     pub fn nowhere() -> Self {
-        Self { environment: Vec::new(), config: None }
+        Self { environment: Vec::new(), config: None, working_folder: None }
     }
 
     /// Sets an environment variable.
@@ -64,6 +65,13 @@ impl Pgtandem {
     #[must_use]
     pub fn config(mut self, text: &str) -> Self {
         self.config = Some(text.to_owned());
+        self
+    }
+
+    /// Works in this folder, instead of one that comes and goes with each command.
+    #[must_use]
+    pub fn working_in(mut self, folder: &Path) -> Self {
+        self.working_folder = Some(folder.to_owned());
         self
     }
 
@@ -85,14 +93,15 @@ impl Pgtandem {
     /// Starts a command.
     pub fn spawn(&self, arguments: &[&str]) -> Running {
         let folder = tempfile::Builder::new().prefix("pgtandem-run-").tempdir().expect("a temporary folder");
+        let working_folder = self.working_folder.as_deref().unwrap_or(folder.path());
         if let Some(text) = &self.config {
-            fs::write(folder.path().join("pgtandem.toml"), text).expect("write pgtandem.toml");
+            fs::write(working_folder.join("pgtandem.toml"), text).expect("write pgtandem.toml");
         }
         let output = |name: &str| File::create(folder.path().join(name)).expect("file for the output");
         let process = Command::new(PROGRAM)
             .args(arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
-            .current_dir(folder.path())
+            .current_dir(working_folder)
             .stdin(Stdio::null())
             .stdout(output("stdout"))
             .stderr(output("stderr"))

@@ -1,0 +1,118 @@
+//! `copy.method` is about the first copy only: whatever came to the move later is copied from the source, and neither an
+//! old archive nor rows of somebody else are taken for what the move wrote.
+
+use tempfile::TempDir;
+
+use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, Running, assert_same, wait_until};
+
+const CONTENT: &str = "create table account (id int primary key, owner text);
+    insert into account select i, 'first' from generate_series(1, 100) i";
+const NEW_TABLE: &str = "create table later (id int primary key, v text)";
+
+/// A source with content, an empty target, and a folder that outlives the daemon.
+struct Sides {
+    _clusters: (Cluster, Cluster),
+    from: Database,
+    to: Database,
+    pgtandem: Pgtandem,
+    folder: TempDir,
+}
+
+impl Sides {
+    async fn with(content: &str, method: &str) -> Self {
+        let clusters = Cluster::pair().await;
+        let (from, to) = (clusters.0.create_database("app").await, clusters.1.create_database("app").await);
+        from.execute(content).await;
+        let folder = tempfile::tempdir().unwrap();
+        let pgtandem = Pgtandem::new(&from, &to, "app")
+            .working_in(folder.path())
+            .config(&format!("[copy]\nmethod = \"{method}\"\n"));
+        Self { _clusters: clusters, from, to, pgtandem, folder }
+    }
+
+    /// Changes that the first copy did not see, then a new table: the daemon stops until the target has it too.
+    async fn a_table_is_added_while(&self, mut daemon: Running) {
+        daemon.wait_for_log("entering phase follow", PATIENCE).await;
+        self.from
+            .execute("update account set owner = 'second' where id <= 50; delete from account where id > 90")
+            .await;
+        let applied = "select count(*) || ' ' || count(*) filter (where owner = 'second') from account";
+        wait_until("the changes are applied", PATIENCE, async || self.to.query_string(applied).await == "90 50").await;
+        self.from.execute(&format!("{NEW_TABLE}; insert into later values (1, 'before the copy')")).await;
+        let stopped = daemon.wait(PATIENCE).await;
+        assert!(stopped.code == Some(4) && stopped.stderr.contains("table_added"), "{stopped}");
+        self.to.execute(NEW_TABLE).await;
+    }
+
+    /// The move goes on, carries what both tables see, and arrives whole.
+    async fn it_arrives_whole(&self) {
+        let mut daemon = self.pgtandem.spawn(&["run"]);
+        daemon.wait_for_log("entering phase follow", PATIENCE).await;
+        self.from
+            .execute("insert into later values (2, 'streamed'); update account set owner = 'third' where id = 1")
+            .await;
+        let done = self.pgtandem.run(&["cutover", "--timeout", "60s"]).await;
+        assert_eq!(done.code, Some(0), "{done}\n{}", daemon.stderr());
+        assert_eq!(daemon.wait(PATIENCE).await.code, Some(0));
+        assert_same(&self.from, &self.to).await;
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_is_new_while_following_does_not_bring_the_archive_back() {
+    let sides = Sides::with(CONTENT, "dump").await;
+    sides.a_table_is_added_while(sides.pgtandem.spawn(&["run"])).await;
+    assert!(sides.folder.path().join("pgtandem-app.dump/rows").is_dir(), "the archive is there");
+    sides.it_arrives_whole().await;
+}
+
+#[tokio::test]
+async fn a_table_that_is_new_while_following_was_not_copied_by_hand() {
+    let sides = Sides::with(CONTENT, "none").await;
+    let holding = sides.pgtandem.spawn(&["snapshot"]);
+    wait_until("the snapshot is printed", PATIENCE, async || holding.stdout().contains("snapshot ")).await;
+    sides.to.execute(CONTENT).await;
+    holding.terminate();
+    assert_eq!(holding.wait(PATIENCE).await.code, Some(0));
+    sides.a_table_is_added_while(sides.pgtandem.spawn(&["run"])).await;
+    sides.it_arrives_whole().await;
+}
+
+/// Also where nothing at all was there to be copied by hand.
+#[tokio::test]
+async fn a_move_that_begins_without_tables_takes_the_first_one_in() {
+    for method in ["dump", "none"] {
+        let sides = Sides::with("create schema still_empty", method).await;
+        if method == "none" {
+            let holding = sides.pgtandem.spawn(&["snapshot"]);
+            wait_until("the snapshot is printed", PATIENCE, async || holding.stdout().contains("snapshot ")).await;
+            sides.to.execute("create schema still_empty").await;
+            holding.terminate();
+            assert_eq!(holding.wait(PATIENCE).await.code, Some(0));
+        }
+        let followed = sides.pgtandem.run(&["run", "--until", "follow"]).await;
+        assert_eq!(followed.code, Some(0), "{followed}");
+        sides.from.execute(&format!("{CONTENT}; {NEW_TABLE}; insert into later values (1, 'before the copy')")).await;
+        sides.to.execute(&format!("create table account (id int primary key, owner text); {NEW_TABLE}")).await;
+        sides.it_arrives_whole().await;
+    }
+}
+
+#[tokio::test]
+async fn an_archive_is_not_loaded_over_rows_of_someone_else() {
+    let sides = Sides::with(CONTENT, "dump").await;
+    // Given rows that came to the target after the schema did.
+    let schema = sides.pgtandem.clone().env("PGTANDEM_COPY_METHOD", "none").run(&["run"]).await;
+    assert!(schema.stderr.contains("no_snapshot"), "{schema}");
+    sides.to.execute("insert into account values (7, 'somebody')").await;
+    for _ in 0..2 {
+        let refused = sides.pgtandem.run(&["run"]).await;
+        assert!(refused.code == Some(4) && refused.stderr.contains("target_table_not_empty"), "{refused}");
+        assert_eq!(sides.to.query_strings("select owner from account").await, ["somebody"]);
+    }
+    // When they are gone, then the archive that was made meanwhile is loaded.
+    sides.to.execute("truncate account").await;
+    let moved = sides.pgtandem.run(&["run", "--cutover-when-ready"]).await;
+    assert_eq!(moved.code, Some(0), "{moved}");
+    assert_same(&sides.from, &sides.to).await;
+}
