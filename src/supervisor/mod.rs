@@ -464,7 +464,7 @@ impl Walk<'_> {
         let owner = format!("{} of {}", s.config.name, record.source_identity);
         let mut archive = DataArchive::open(&folder, &s.config.name, &owner)?;
         let complete = archive.cut()?;
-        if complete.is_none() || record.slot_lsn.is_none() {
+        if complete.is_none() || complete != record.last_cut_lsn {
             self.dump_rows(&mut archive, &kit.programs).await?;
         }
         s.telemetry.activity(&format!("restoring rows from {}", folder.display()));

@@ -116,3 +116,22 @@ async fn an_archive_is_not_loaded_over_rows_of_someone_else() {
     assert_eq!(moved.code, Some(0), "{moved}");
     assert_same(&sides.from, &sides.to).await;
 }
+
+/// A rehearsal leaves its archive behind, with rows of that day.
+#[tokio::test]
+async fn the_archive_of_a_rehearsal_is_not_taken_for_the_move() {
+    let sides = Sides::with(CONTENT, "dump").await;
+    let rehearsal = sides.pgtandem.run(&["run", "--until", "copy"]).await;
+    assert_eq!(rehearsal.code, Some(0), "{rehearsal}");
+    assert_eq!(sides.pgtandem.run(&["clean", "--yes"]).await.code, Some(0));
+    sides.to.execute("drop table account").await;
+    sides.from.execute("update account set owner = 'after the rehearsal'").await;
+    // When the daemon dies once it has a cut and before it has an archive of it
+    let mut daemon = sides.pgtandem.spawn(&["run"]);
+    daemon.wait_for_log("took the first cut", PATIENCE).await;
+    daemon.kill();
+    // then the next one dumps the rows again.
+    let moved = sides.pgtandem.run(&["run", "--cutover-when-ready"]).await;
+    assert_eq!(moved.code, Some(0), "{moved}");
+    assert_same(&sides.from, &sides.to).await;
+}
