@@ -17,7 +17,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use crate::postgres::ConnInfo;
+use crate::postgres::{ConnInfo, QualifiedName};
 
 /// The validated configuration of one move.
 #[derive(Clone, Debug)]
@@ -99,11 +99,20 @@ pub struct Scope {
 }
 
 impl Scope {
-    /// Whether a user table is part of the move.
+    /// Whether a user table is part of the move. Whoever names a partitioned table means its partitions too, so a
+    /// partition is asked about together with the partitioned tables `above` it.
     #[must_use]
-    pub fn contains(&self, schema: &str, table: &str) -> bool {
-        let any = |patterns: &[TablePattern]| patterns.iter().any(|p| p.matches(schema, table));
-        (self.include.is_empty() || any(&self.include)) && !any(&self.exclude)
+    pub fn contains(&self, table: &QualifiedName, above: &[QualifiedName]) -> bool {
+        let named = |patterns: &[TablePattern]| {
+            std::iter::once(table).chain(above).any(|t| patterns.iter().any(|p| p.matches(&t.schema, &t.name)))
+        };
+        (self.include.is_empty() || named(&self.include)) && !named(&self.exclude)
+    }
+
+    /// Whether a table is excluded by its own name, for one that is gone and has nothing above it any more.
+    #[must_use]
+    pub fn excludes(&self, table: &QualifiedName) -> bool {
+        self.exclude.iter().any(|pattern| pattern.matches(&table.schema, &table.name))
     }
 }
 

@@ -7,6 +7,10 @@ use crate::{Class, Error};
 const URLS: [(&str, &str); 2] =
     [("PGTANDEM_SOURCE_URL", "host=a user=u password=sEcr3t"), ("PGTANDEM_TARGET_URL", "host=b user=u")];
 
+fn named(schema: &str, table: &str) -> QualifiedName {
+    QualifiedName::new(schema, table)
+}
+
 /// A file in a folder of its own.
 fn file(text: &str) -> (tempfile::TempDir, Flags) {
     let folder = tempfile::tempdir().unwrap();
@@ -68,8 +72,8 @@ fn every_kind_of_value_has_a_form_in_the_environment() {
         ]),
     )
     .unwrap();
-    assert!(config.scope.contains("public", "x") && config.scope.contains("app", "orders"));
-    assert!(!config.scope.contains("app", "x"));
+    assert!(config.scope.contains(&named("public", "x"), &[]) && config.scope.contains(&named("app", "orders"), &[]));
+    assert!(!config.scope.contains(&named("app", "x"), &[]));
     assert!(!config.cutover.reverse && config.http.is_none());
     assert_eq!(config.cutover.hook, ["/bin/switch", "to target"]);
     assert_eq!(config.copy.split_above, 2 << 20);
@@ -205,5 +209,19 @@ fn the_reference_names_every_key() {
                 key.path()
             );
         }
+    }
+}
+
+#[test]
+fn a_partition_is_chosen_with_what_is_above_it() {
+    let patterns = |texts: &[&str]| texts.iter().map(|text| TablePattern::new(text).unwrap()).collect();
+    let scope = |include: &[&str], exclude: &[&str]| Scope { include: patterns(include), exclude: patterns(exclude) };
+    let (leaf, above) = (named("public", "y_1"), [named("public", "y"), named("public", "events")]);
+    assert!(scope(&["events"], &[]).contains(&leaf, &above));
+    assert!(scope(&["y_*"], &[]).contains(&leaf, &above));
+    assert!(!scope(&["other"], &[]).contains(&leaf, &above));
+    for exclude in ["events", "y", "y_1"] {
+        assert!(!scope(&[], &[exclude]).contains(&leaf, &above), "{exclude}");
+        assert!(!scope(&["events", "y_1"], &[exclude]).contains(&leaf, &above), "{exclude}");
     }
 }

@@ -17,7 +17,7 @@ use crate::telemetry::Telemetry;
 pub async fn analyze(target: &Server, tables: &[Table], workers: NonZeroUsize, telemetry: &Telemetry) -> Result<()> {
     telemetry.activity("gathering statistics");
     let mut seen = BTreeSet::new();
-    let names = tables.iter().map(|table| table.root.as_ref().unwrap_or(&table.name));
+    let names = tables.iter().map(|table| table.root().unwrap_or(&table.name));
     let queue: Mutex<VecDeque<&QualifiedName>> = Mutex::new(names.filter(|name| seen.insert(*name)).collect());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
     let work = || async {

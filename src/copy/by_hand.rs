@@ -33,8 +33,7 @@ pub async fn offer(
         .hint("go on with `pgtandem run`, or begin anew: `pgtandem clean`, then `pgtandem snapshot`"));
     }
     let session = source.connect("snapshot").await?;
-    let mut tables = catalog::tables(&*session).await?;
-    tables.retain(|table| config.scope.contains(&table.name.schema, &table.name.name));
+    let tables = catalog::tables_in_scope(&*session, &config.scope).await?;
     publication::ensure(source, config, &tables, telemetry).await?;
     unkeyed::remember(source, store, &tables).await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.into_iter().map(|table| (table.name, table.bytes)).collect();

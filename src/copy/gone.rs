@@ -64,7 +64,7 @@ mod tests {
             columns: Vec::new(),
             primary_key: Vec::new(),
             identity: ReplicaIdentity::Nothing,
-            root: None,
+            above: Vec::new(),
             heap_bytes: 0,
             bytes: 0,
         };

@@ -176,8 +176,7 @@ pub async fn tables_of_cut(source: &Server, scope: &Scope, name: &MoveName, cut:
 /// As [`tables_of_cut`]; the session stays in the transaction that sees the cut.
 async fn shown(session: &Session, scope: &Scope, name: &MoveName, cut: &Cut) -> Result<Vec<Table>> {
     session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
-    let mut tables = catalog::tables(&**session).await?;
-    tables.retain(|table| scope.contains(&table.name.schema, &table.name.name));
+    let tables = catalog::tables_in_scope(&**session, scope).await?;
     let unpublished =
         publication::unpublished(&**session, [name.publication(), name.insert_publication()], &tables).await?;
     match unpublished.first() {

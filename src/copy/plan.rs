@@ -122,7 +122,7 @@ mod tests {
             }],
             primary_key: Vec::new(),
             identity: ReplicaIdentity::Nothing,
-            root: None,
+            above: Vec::new(),
             heap_bytes,
             bytes,
         }

@@ -62,7 +62,7 @@ pub async fn ensure(source: &Server, config: &Config, tables: &[Table], telemetr
     let session = source.connect("publication").await?;
     session.batch_execute(LOCK_TIMEOUT).await?;
     let roots = roots(&*session).await?;
-    let wanted = members(tables, &roots, |name| config.scope.contains(&name.schema, &name.name));
+    let wanted = members(tables, &roots, |root| config.scope.contains(root, &[]));
     let full = Publication { name: config.name.publication(), publish: FULL, members: wanted.full };
     let inserts = Publication { name: config.name.insert_publication(), publish: INSERTS, members: wanted.inserts };
     bring_about(source, &session, [&full, &inserts], telemetry)
@@ -241,7 +241,7 @@ fn members(
     let mut members = Members::default();
     let mut leaves: HashMap<&QualifiedName, Vec<&Table>> = HashMap::new();
     for table in tables {
-        match &table.root {
+        match table.root() {
             Some(root) => leaves.entry(root).or_default().push(table),
             None => members.add(identified(table), &table.name),
         }
@@ -274,7 +274,7 @@ mod tests {
             columns: Vec::new(),
             primary_key: Vec::new(),
             identity: if identified { ReplicaIdentity::Full } else { ReplicaIdentity::Nothing },
-            root: root.map(|root| QualifiedName::new("public", root)),
+            above: root.map(|root| QualifiedName::new("public", root)).into_iter().collect(),
             heap_bytes: 0,
             bytes: 0,
         }

@@ -100,7 +100,7 @@ mod tests {
                 .collect(),
             primary_key: Vec::new(),
             identity: ReplicaIdentity::Nothing,
-            root: None,
+            above: Vec::new(),
             heap_bytes: 0,
             bytes: 0,
         }

@@ -22,12 +22,13 @@ impl Sequences {
     pub(super) async fn prepare(source: &Server, target: &Server, scope: &Scope) -> Result<Self> {
         let (source, target) = tokio::try_join!(source.connect("sequences"), target.connect("sequences"))?;
         let (wanted, present) = tokio::try_join!(catalog::sequence_names(&*source), catalog::sequence_names(&*target))?;
+        let tables = catalog::members(&*source, scope).await?;
         let present: HashSet<QualifiedName> = present.into_iter().map(|sequence| sequence.name).collect();
         let names: Vec<QualifiedName> = wanted
             .into_iter()
             .filter(|sequence| {
-                let decides = sequence.owner.as_ref().unwrap_or(&sequence.name);
-                scope.contains(&decides.schema, &decides.name)
+                let table = sequence.owner.as_ref().and_then(|owner| tables.get(owner));
+                table.map_or_else(|| scope.contains(&sequence.name, &[]), |table| table.travels)
             })
             .map(|sequence| sequence.name)
             .collect();

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::catalog::{ABOVE, IS_USER_TABLE, above};
 use crate::postgres::{QualifiedName, Server, Session};
 
 const EVERY: Duration = Duration::from_secs(2);
 
-/// `$1`: the publications. Each table, and whether its changes are published.
+/// `$1`: the publications. Each table, whether its changes are published, and the partitioned tables above it.
 fn tables() -> String {
     format!(
         r"
@@ -23,9 +23,11 @@ fn tables() -> String {
             JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
             WHERE p.pubname = ANY ($1)
               AND (r.prrelid = c.oid
-                   OR c.relispartition AND r.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid))))
+                   OR c.relispartition AND r.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid)))),
+            above.schemas, above.names
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        CROSS JOIN {ABOVE}
         WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )
@@ -66,15 +68,15 @@ async fn look(
     moved: &HashSet<QualifiedName>,
 ) -> Result<()> {
     let rows = session.query(&tables(), &[&publications]).await.doing(|| "looking at the source's tables")?;
-    let in_scope = |name: &QualifiedName| config.scope.contains(&name.schema, &name.name);
-    let mut gone: HashSet<&QualifiedName> = moved.iter().filter(|name| in_scope(name)).collect();
+    let mut gone: HashSet<&QualifiedName> = moved.iter().filter(|name| !config.scope.excludes(name)).collect();
     for row in &rows {
         let name = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
-        if !in_scope(&name) {
-            continue;
-        }
+        // A partition that was detached is out of a scope that names its root, and still one of the move's tables.
         if !gone.remove(&name) {
-            return Err(added(&name));
+            if config.scope.contains(&name, &above(row, 3)?) {
+                return Err(added(&name));
+            }
+            continue;
         }
         if !row.try_get::<_, bool>(2)? {
             return Err(unpublished(&name));

@@ -2,6 +2,9 @@
 //!
 //! Questions of one room only stay in that room.
 
+use std::collections::HashMap;
+
+use crate::config::Scope;
 use crate::error::{Doing, Result};
 use crate::postgres::QualifiedName;
 
@@ -43,12 +46,20 @@ pub struct Table {
     pub primary_key: Vec<String>,
     /// What identifies an old row.
     pub identity: ReplicaIdentity,
-    /// The topmost partitioned table, if this is a partition.
-    pub root: Option<QualifiedName>,
+    /// The partitioned tables above it, the nearest first; none unless this is a partition.
+    pub above: Vec<QualifiedName>,
     /// `pg_class.relpages` as it stands on disk: the heap's size in bytes.
     pub heap_bytes: u64,
     /// Heap and TOAST in bytes, without indexes.
     pub bytes: u64,
+}
+
+impl Table {
+    /// The topmost partitioned table, if this is a partition.
+    #[must_use]
+    pub fn root(&self) -> Option<&QualifiedName> {
+        self.above.last()
+    }
 }
 
 /// Tables of extensions and of providers are not ours to move; neither is our own schema.
@@ -66,7 +77,80 @@ pub const IS_USER_TABLE: &str = r"
 const KEY_IS_PUBLISHED: &str =
     "NOT bool_or(a.attgenerated <> '') OR pg_catalog.current_setting('server_version_num')::int4 >= 180000";
 
-/// All user tables that store rows, largest first. The caller filters by scope.
+/// The partitioned tables above `c` (pg_class), the nearest first, as the columns `above.schemas` and `above.names`; a
+/// lateral item of a FROM clause. Read by [`above`].
+pub const ABOVE: &str = r"
+    LATERAL (
+        SELECT COALESCE(array_agg(an.nspname::text ORDER BY up.ord), '{}') AS schemas,
+               COALESCE(array_agg(a.relname::text ORDER BY up.ord), '{}') AS names
+        FROM pg_catalog.pg_partition_ancestors(c.oid) WITH ORDINALITY up (relid, ord)
+        JOIN pg_catalog.pg_class a ON a.oid = up.relid
+        JOIN pg_catalog.pg_namespace an ON an.oid = a.relnamespace
+        WHERE up.relid <> c.oid) above";
+
+/// The names that [`ABOVE`] found, from the column `at` (the schemas) and the next one.
+///
+/// # Errors
+/// The columns are others.
+pub fn above(row: &tokio_postgres::Row, at: usize) -> Result<Vec<QualifiedName>> {
+    let (schemas, names): (Vec<String>, Vec<String>) = (row.try_get(at)?, row.try_get(at + 1)?);
+    Ok(schemas.into_iter().zip(names).map(|(schema, name)| QualifiedName { schema, name }).collect())
+}
+
+/// Those of [`tables`] that move.
+///
+/// # Errors
+/// The connection's.
+pub async fn tables_in_scope(client: &impl tokio_postgres::GenericClient, scope: &Scope) -> Result<Vec<Table>> {
+    let mut tables = tables(client).await?;
+    tables.retain(|table| scope.contains(&table.name, &table.above));
+    Ok(tables)
+}
+
+/// A table of any kind, also one that stores no rows of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// `pg_class.oid`
+    pub oid: u32,
+    /// Whether its definition moves: it is in scope, or it is a partitioned table above one that is.
+    pub travels: bool,
+}
+
+/// All ordinary, partitioned and foreign user tables that are not temporary, by name.
+///
+/// # Errors
+/// The connection's.
+pub async fn members(
+    client: &impl tokio_postgres::GenericClient,
+    scope: &Scope,
+) -> Result<HashMap<QualifiedName, Member>> {
+    let sql = format!(
+        "SELECT c.oid, n.nspname::text, c.relname::text, above.schemas, above.names
+         FROM pg_catalog.pg_class c
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         CROSS JOIN {ABOVE}
+         WHERE c.relkind IN ('r', 'p', 'f') AND c.relpersistence <> 't' AND {IS_USER_TABLE}"
+    );
+    let rows = client.query(&sql, &[]).await.doing(|| "listing the tables of the scope")?;
+    let mut members = HashMap::with_capacity(rows.len());
+    let mut needed = Vec::new();
+    for row in &rows {
+        let (name, above) = (QualifiedName { schema: row.try_get(1)?, name: row.try_get(2)? }, above(row, 3)?);
+        let travels = scope.contains(&name, &above);
+        if travels {
+            needed.extend(above);
+        }
+        members.insert(name, Member { oid: row.try_get(0)?, travels });
+    }
+    for name in &needed {
+        if let Some(member) = members.get_mut(name) {
+            member.travels = true;
+        }
+    }
+    Ok(members)
+}
+
+/// All user tables that store rows, largest first.
 ///
 /// A virtual generated column cannot be published, so a whole row that holds one identifies nothing. Before 18 the same is
 /// true of a stored one as a part of a key. A table that is dropped meanwhile has no size.
@@ -80,7 +164,7 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
                CASE WHEN c.relreplident = 'f' AND cols.has_virtual THEN 'n' ELSE c.relreplident::text END,
                cols.names, cols.types, cols.generated, cols.identity_always,
                COALESCE(pk.columns, '{{}}'), COALESCE(ri.columns, '{{}}'),
-               rn.nspname, rc.relname,
+               above.schemas, above.names,
                COALESCE(pg_catalog.pg_relation_size(c.oid), 0),
                COALESCE(pg_catalog.pg_table_size(c.oid), 0)
         FROM pg_catalog.pg_class c
@@ -107,10 +191,7 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
             JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
             WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts
             HAVING {KEY_IS_PUBLISHED}) ri ON true
-        LEFT JOIN LATERAL (
-            SELECT pg_catalog.pg_partition_root(c.oid) AS oid WHERE c.relispartition) root ON true
-        LEFT JOIN pg_catalog.pg_class rc ON rc.oid = root.oid
-        LEFT JOIN pg_catalog.pg_namespace rn ON rn.oid = rc.relnamespace
+        CROSS JOIN {ABOVE}
         WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
         ORDER BY 14 DESC, 2, 3"
     );
@@ -137,17 +218,13 @@ fn table(row: &tokio_postgres::Row) -> Result<Table> {
         "d" if !primary_key.is_empty() => ReplicaIdentity::Key(primary_key.clone()),
         _ => ReplicaIdentity::Nothing,
     };
-    let root = match (row.try_get::<_, Option<String>>(10)?, row.try_get::<_, Option<String>>(11)?) {
-        (Some(schema), Some(name)) => Some(QualifiedName { schema, name }),
-        _ => None,
-    };
     Ok(Table {
         oid: row.try_get(0)?,
         name: QualifiedName { schema: row.try_get(1)?, name: row.try_get(2)? },
         columns,
         primary_key,
         identity,
-        root,
+        above: above(row, 10)?,
         heap_bytes: u64::try_from(row.try_get::<_, i64>(12)?).unwrap_or(0),
         bytes: u64::try_from(row.try_get::<_, i64>(13)?).unwrap_or(0),
     })

@@ -1,10 +1,13 @@
 //! What every check looks with: a session on each side, who we are there, and what is being moved.
 
+use std::collections::HashMap;
+
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
 
 use crate::config::Config;
 use crate::error::{Doing, Error, Result};
+use crate::postgres::catalog::Member;
 use crate::postgres::{QualifiedName, Side};
 
 /// A check never holds a lock for long, never waits long for one, and never leaves a transaction behind.
@@ -55,6 +58,8 @@ pub(super) struct Look<'a> {
     pub(super) target: Place<'a>,
     /// The state in the target says that this move has begun.
     pub(super) begun: bool,
+    /// The tables of the source.
+    pub(super) tables: HashMap<QualifiedName, Member>,
 }
 
 impl Look<'_> {
@@ -63,12 +68,16 @@ impl Look<'_> {
         [&self.source, &self.target]
     }
 
-    /// The rows whose first two columns name a table of the move.
+    /// The rows whose first two columns name a table of the move, or another relation in its scope.
     pub(super) fn in_scope(&self, rows: Vec<Row>) -> Result<Vec<(QualifiedName, Row)>> {
         let mut kept = Vec::with_capacity(rows.len());
         for row in rows {
             let name = QualifiedName::new(row.try_get::<_, String>(0)?, row.try_get::<_, String>(1)?);
-            if self.config.scope.contains(&name.schema, &name.name) {
+            let travels = match self.tables.get(&name) {
+                Some(table) => table.travels,
+                None => self.config.scope.contains(&name, &[]),
+            };
+            if travels {
                 kept.push((name, row));
             }
         }

@@ -25,6 +25,8 @@ mod tables;
 mod target;
 mod wal;
 
+use std::collections::HashMap;
+
 use tokio_postgres::Client;
 
 pub use finding::{Finding, Kind, Severity};
@@ -34,7 +36,7 @@ pub use subscriptions::subscriptions_enabled;
 
 use crate::config::Config;
 use crate::error::{Class, Error, Result};
-use crate::postgres::{Server, Session, Side};
+use crate::postgres::{Server, Session, Side, catalog};
 use crate::state::{Phase, Store};
 use look::{Look, Place};
 
@@ -132,8 +134,13 @@ async fn examine(config: &Config, source: &Client, target: &Client, begun: bool)
             return found;
         }
     };
-    let look = Look { config, source, target, begun };
+    let (tables, unknown) = match catalog::members(source.client, &config.scope).await {
+        Ok(tables) => (tables, None),
+        Err(error) => (HashMap::new(), Some(connection::cannot_look(Side::Source, "which tables move", &error))),
+    };
+    let look = Look { config, source, target, begun, tables };
     let mut found = connection::versions(&look);
+    found.extend(unknown);
     found.extend(connection::standby(&look));
     ask_source(&look, &mut found).await;
     ask_target(&look, &mut found).await;

@@ -7,7 +7,7 @@ use tokio_postgres::GenericClient;
 
 use crate::config::Scope;
 use crate::error::{Doing, Result};
-use crate::postgres::{QualifiedName, catalog::IS_USER_TABLE, quote_identifier};
+use crate::postgres::{QualifiedName, catalog, quote_identifier};
 
 /// Beyond this length an argument of a program is split; the kernel refuses 128 KiB.
 const MAX_ARGUMENT: usize = 64 << 10;
@@ -24,16 +24,10 @@ pub(super) struct LeftOut {
 impl LeftOut {
     /// Asks the source.
     ///
-    /// A partition travels with its root and a root with its partitions, so that neither is without the other.
+    /// A partition is in scope with the partitioned tables above it, and takes them along where they are not.
     pub(super) async fn find(client: &impl GenericClient, scope: &Scope) -> Result<Self> {
-        let tables = client.query(&user_tables(), &[]).await.doing(|| "listing the tables of the scope")?;
-        let mut outside = Vec::new();
-        for row in &tables {
-            let family: (Vec<String>, Vec<String>) = (row.try_get(1)?, row.try_get(2)?);
-            if !family.0.iter().zip(&family.1).any(|(schema, name)| scope.contains(schema, name)) {
-                outside.push(row.try_get::<_, u32>(0)?);
-            }
-        }
+        let members = catalog::members(client, scope).await?;
+        let outside: Vec<u32> = members.values().filter(|table| !table.travels).map(|table| table.oid).collect();
         if outside.is_empty() {
             return Ok(Self::default());
         }
@@ -74,24 +68,6 @@ impl LeftOut {
 
 fn exclude_table(schema: &str, names: &[String]) -> String {
     format!("--exclude-table={}.({})", quote_identifier(schema), names.join("|"))
-}
-
-/// Each ordinary, partitioned and foreign table with the names of its whole partition family.
-fn user_tables() -> String {
-    format!(
-        r"
-        SELECT c.oid, family.schemas, family.names
-        FROM pg_catalog.pg_class c
-        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        CROSS JOIN LATERAL (
-            SELECT array_agg(mn.nspname::text) AS schemas, array_agg(m.relname::text) AS names
-            FROM (SELECT c.oid AS relid
-                  UNION SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid)
-                  UNION SELECT relid FROM pg_catalog.pg_partition_tree(c.oid)) relatives
-            JOIN pg_catalog.pg_class m ON m.oid = relatives.relid
-            JOIN pg_catalog.pg_namespace mn ON mn.oid = m.relnamespace) family
-        WHERE c.relkind IN ('r', 'p', 'f') AND c.relpersistence <> 't' AND {IS_USER_TABLE}"
-    )
 }
 
 /// `$1`: oids of tables. Returns catalog and oid of these and of everything that depends on them, with the name of each

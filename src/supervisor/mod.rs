@@ -363,9 +363,7 @@ impl Walk<'_> {
     async fn tables(&self) -> Result<Vec<Table>> {
         let s = self.supervisor;
         let session = s.source.connect("copy").await?;
-        let mut tables = catalog::tables(&*session).await?;
-        tables.retain(|table| s.config.scope.contains(&table.name.schema, &table.name.name));
-        Ok(tables)
+        catalog::tables_in_scope(&*session, &s.config.scope).await
     }
 
     async fn schema(&mut self) -> Result<Option<End>> {
@@ -579,14 +577,14 @@ impl Walk<'_> {
     /// target. Returns whether there is one to copy.
     async fn take_in_changes(&self) -> Result<bool> {
         let s = self.supervisor;
-        let session = s.target.connect("catalog").await?;
+        let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
         let target: HashSet<QualifiedName> =
-            catalog::tables(&*session).await?.into_iter().map(|table| table.name).collect();
+            catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
         let mut known: HashSet<QualifiedName> = s.store.tables().await?.into_iter().map(|table| table.name).collect();
-        known.retain(|name| s.config.scope.contains(&name.schema, &name.name));
+        known.retain(|name| !s.config.scope.excludes(name));
         let mut new = Vec::new();
-        for table in self.tables().await? {
-            if known.remove(&table.name) {
+        for table in catalog::tables(&*source).await? {
+            if known.remove(&table.name) || !s.config.scope.contains(&table.name, &table.above) {
                 continue;
             }
             if !target.contains(&table.name) {

@@ -19,6 +19,7 @@ mod moves;
 mod preflight;
 mod refusals;
 mod schema;
+mod scope;
 mod telemetry;
 mod unkeyed;
 mod wire;

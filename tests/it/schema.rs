@@ -105,8 +105,7 @@ impl Sides {
 
     async fn tables(&self) -> Vec<catalog::Table> {
         let session = self.source.connect("copy").await.unwrap();
-        let all = catalog::tables(&*session).await.unwrap();
-        all.into_iter().filter(|table| self.scope.contains(&table.name.schema, &table.name.name)).collect()
+        catalog::tables_in_scope(&*session, &self.scope).await.unwrap()
     }
 
     /// Both schemas as pg_dump of the newer server prints them.
