@@ -10,7 +10,7 @@ use pgtandem::schema::{Archive, DataArchive, DumpRequest, Loading, Programs, Res
 use pgtandem::state::Store;
 use pgtandem::telemetry::Telemetry;
 
-use crate::harness::{Cluster, Database, client_program};
+use crate::harness::{Cluster, Database, PASSWORD, client_program};
 
 const CHINOOK: &str = include_str!("../schemas/chinook.sql");
 const PAGILA: &str = include_str!("../schemas/pagila.sql");
@@ -255,5 +255,15 @@ async fn tables_out_of_scope_stay_behind_with_what_needs_them() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_role_may_set_is_tried() {
     let sides = Sides::with("").await;
-    assert!(can_set_replica_role(&sides.target.connect("probe").await.unwrap()).await.unwrap());
+    let (target, database) = (&sides.clusters.1, &sides.databases.1);
+    target.execute(&format!("CREATE ROLE mover LOGIN PASSWORD '{PASSWORD}'")).await;
+    let probe = async |database: &Database| {
+        can_set_replica_role(&server(Side::Target, database).connect("probe").await.unwrap()).await.unwrap()
+    };
+    assert!(probe(database).await, "a superuser");
+    assert!(!probe(&database.with_user("mover", PASSWORD)).await, "a role like any other");
+    if target.version() >= 15 {
+        target.execute("GRANT SET ON PARAMETER session_replication_role TO mover").await;
+        assert!(probe(&database.with_user("mover", PASSWORD)).await, "a role that was granted it");
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! The random moments come from a seed that is printed; `PGTANDEM_TEST_SEED` repeats it, as far as the machine does.
 
+use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::load::Load;
@@ -39,15 +40,19 @@ async fn kill_in(stage: &Stage, mut daemon: Running, phase: &str, later: Duratio
     // Not a wait for something: the moment of the death is what the test chooses.
     tokio::time::sleep(later).await;
     let seen = PHASES[stage.reached().await];
-    daemon.kill();
+    let killed = daemon.kill();
+    assert_eq!(killed.status.signal(), Some(9), "it ended before it was killed: {killed}");
     println!("killed {later:?} after phase {phase} was reached, in phase {seen}");
 }
 
 /// Has the daemon cut over and kills it in the middle, this much after the cutover began.
 async fn kill_in_a_cutover(stage: &Stage, mut daemon: Running, later: Duration) {
     stage.wait_until_it_follows(&mut daemon).await;
+    // However fast it is, it does not end before it dies.
+    stage.hook_shall("hang");
     let asking = stage.program.spawn(&["cutover", "--timeout", "60s"]);
     kill_in(stage, daemon, "cutover", later).await;
+    stage.hook_is_well();
     // The next daemon answers, whether it undoes or finishes.
     let mut next = stage.daemon(&[]);
     let answer = asking.wait(LONG).await;
@@ -106,7 +111,9 @@ async fn end_under_load(stage: &Stage, load: Load) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_deaths_of_the_daemon_change_nothing() {
-    survives(&mut Xorshift::new(), 10).await;
+    // Where the cutover is finished in spite of the tenth death, nothing is left that an eleventh could come to.
+    let deaths = survives(&mut Xorshift::new(), 11).await;
+    assert!(deaths >= 10, "only {deaths} deaths");
 }
 
 /// For a quiet night: `PGTANDEM_TEST_KILLS=500 cargo test --test it many_deaths -- --ignored --nocapture`.
