@@ -53,11 +53,13 @@ find_promtool() {
         command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
         rm -rf "$unpacked"
         mkdir -p "$unpacked"
+        # `set -e` does not hold here: the caller asks whether this function fails.
         (
-            cd "$unpacked"
-            apt-get download prometheus || { apt-get update && apt-get download prometheus; }
-            dpkg -x prometheus_*.deb .
-            rm -f prometheus_*.deb
+            cd "$unpacked" &&
+                { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } &&
+                dpkg -x prometheus_*.deb . &&
+                rm -f prometheus_*.deb &&
+                test -x usr/bin/promtool
         ) >&2 || return 1
     fi
     say "$unpacked/usr/bin/promtool"
