@@ -72,7 +72,7 @@ pub async fn ensure(source: &Server, config: &Config, tables: &[Table], telemetr
 }
 
 /// Which of `tables` neither publication carries; asked by the copy, after the cut.
-pub(super) async fn unpublished(
+pub async fn unpublished(
     client: &impl GenericClient,
     names: [String; 2],
     tables: &[Table],

@@ -102,7 +102,8 @@ pub(crate) fn dropped(table: &QualifiedName) -> Error {
         .hint(format!("drop or rename it on the target as on the source ({table}), and start again"))
 }
 
-fn unpublished(table: &QualifiedName) -> Error {
+/// A table of the move whose changes do not reach the stream.
+pub(crate) fn unpublished(table: &QualifiedName) -> Error {
     let message = format!("the changes of table {} are not published any more", table.plain());
     Error::new(Class::Operator, "table_not_published", message).hint(
         "it was dropped and made again, or someone altered the publication: changes are missing. Run `pgtandem clean`, \

@@ -305,6 +305,11 @@ impl Supervisor<'_> {
         })
     }
 
+    /// Work that takes long and minds being broken off no more than a death; `None` if told to stop meanwhile.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = Result<T>>) -> Result<Option<T>> {
+        self.stop.run_until_cancelled(work).await.transpose()
+    }
+
     async fn enter_phase(&self, phase: Phase) -> Result<()> {
         self.store.set_phase(phase).await?;
         self.telemetry.phase(phase);
@@ -386,22 +391,34 @@ impl Walk<'_> {
         if self.nothing_copied().await? {
             match s.config.copy.method {
                 CopyMethod::Copy => {}
-                CopyMethod::Dump => self.copy_by_dump().await?,
+                CopyMethod::Dump => {
+                    if s.unless_stopped(self.copy_by_dump()).await?.is_none() {
+                        return Ok(Some(End::Stopped));
+                    }
+                }
                 CopyMethod::None => by_hand::accept(&s.store).await?,
             }
         }
         if self.copy_rows().await? == copy::Outcome::Stopped {
             return Ok(Some(End::Stopped));
         }
+        if s.unless_stopped(self.complete_tables()).await?.is_none() {
+            return Ok(Some(End::Stopped));
+        }
+        s.enter_phase(Phase::Catchup).await?;
+        Ok((s.options.until == Until::Copy).then_some(End::Reached))
+    }
+
+    /// Keys, indexes and statistics, once the rows are there.
+    async fn complete_tables(&mut self) -> Result<()> {
+        let s = self.supervisor;
         self.kit().await?;
         let tables = self.tables().await?;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
         let restorer = self.restorer(kit);
         restorer.after_data(s.config.copy.index_workers).await?;
         copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;
-        restorer.hold_back().await?;
-        s.enter_phase(Phase::Catchup).await?;
-        Ok((s.options.until == Until::Copy).then_some(End::Reached))
+        restorer.hold_back().await
     }
 
     /// Under the move's first cut, or, where some tables were copied before, the rest under a newer one.
@@ -411,9 +428,9 @@ impl Walk<'_> {
             return Ok(copy::Outcome::Complete);
         }
         let cancel = s.stop.child_token();
-        let tables = self.tables().await?;
-        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
-        unkeyed::remember(&s.source, &s.store, &tables).await?;
+        if s.unless_stopped(self.publish()).await?.is_none() {
+            return Ok(copy::Outcome::Stopped);
+        }
         let (exporter, cut) = self.cut(&cancel).await?;
         let context = copy::Context {
             source: s.source.clone(),
@@ -426,6 +443,25 @@ impl Walk<'_> {
             cancel,
         };
         copy::run(&context, exporter, &cut).await
+    }
+
+    /// What a cut needs on the source before it.
+    async fn publish(&self) -> Result<()> {
+        let s = self.supervisor;
+        let tables = self.tables().await?;
+        let records = s.store.tables().await?;
+        let copied: HashSet<&QualifiedName> =
+            records.iter().filter(|table| table.state == TableState::Copied).map(|table| &table.name).collect();
+        // One that was copied, and is another table of the same name by now: its changes up to here went nowhere, and
+        // publishing it would hide that.
+        let copied: Vec<Table> = tables.iter().filter(|table| copied.contains(&table.name)).cloned().collect();
+        let session = s.source.connect("publication").await?;
+        if let Some(table) = publication::unpublished(&*session, self.publications(), &copied).await?.first() {
+            return Err(watching::unpublished(table));
+        }
+        drop(session);
+        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+        unkeyed::remember(&s.source, &s.store, &tables).await
     }
 
     async fn cut(
@@ -474,9 +510,7 @@ impl Walk<'_> {
     async fn dump_rows(&self, archive: &mut DataArchive, programs: &Programs) -> Result<()> {
         let s = self.supervisor;
         archive.invalidate()?;
-        let tables = self.tables().await?;
-        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
-        unkeyed::remember(&s.source, &s.store, &tables).await?;
+        self.publish().await?;
         let (exporter, cut) = self.cut(&s.stop.child_token()).await?;
         let tables = copy::tables_of_cut(&s.source, &s.config.scope, &s.config.name, &cut).await?;
         let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
@@ -518,6 +552,16 @@ impl Walk<'_> {
         if s.stop.is_cancelled() {
             return Ok(Some(End::Stopped));
         }
+        if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
+            return Ok(Some(End::Stopped));
+        }
+        s.enter_phase(Phase::Follow).await?;
+        Ok(None)
+    }
+
+    /// What only a state that the source once had satisfies.
+    async fn complete_constraints(&self, kit: &Kit) -> Result<()> {
+        let s = self.supervisor;
         let restorer = self.restorer(kit);
         if kit.replica_role {
             restorer.foreign_keys(s.config.copy.index_workers).await?;
@@ -529,9 +573,7 @@ impl Walk<'_> {
             s.store.hold_back(&keys).await?;
         }
         restorer.refresh_materialized_views().await?;
-        s.store.record_constraints_done().await?;
-        s.enter_phase(Phase::Follow).await?;
-        Ok(None)
+        s.store.record_constraints_done().await
     }
 
     /// Follows, and ends following in an orderly way once `enough` completes or `stop` is cancelled.

@@ -78,6 +78,27 @@ async fn a_table_that_is_new_while_following_was_not_copied_by_hand() {
     sides.it_arrives_whole().await;
 }
 
+/// What a tool does that changes a large table by filling another one and exchanging their names.
+#[tokio::test]
+async fn a_table_that_was_exchanged_for_a_new_one_is_not_published_in_its_place() {
+    let sides = Sides::with(CONTENT, "copy").await;
+    let mut daemon = sides.pgtandem.spawn(&["run"]);
+    daemon.wait_for_log("entering phase follow", PATIENCE).await;
+    daemon.terminate();
+    assert_eq!(daemon.wait(PATIENCE).await.code, Some(0));
+    sides
+        .from
+        .execute(
+            "create table account_new (like account including all); insert into account_new select id, 'new' from account;
+             alter table account rename to account_old; alter table account_new rename to account",
+        )
+        .await;
+    // Given that the target has a place for the old one too, as the daemon asks.
+    sides.to.execute("create table account_old (like account including all)").await;
+    let stopped = sides.pgtandem.run(&["run"]).await;
+    assert!(stopped.code == Some(4) && stopped.stderr.contains("table_not_published"), "{stopped}");
+}
+
 /// Also where nothing at all was there to be copied by hand.
 #[tokio::test]
 async fn a_move_that_begins_without_tables_takes_the_first_one_in() {
