@@ -156,3 +156,13 @@ async fn the_archive_of_a_rehearsal_is_not_taken_for_the_move() {
     assert_eq!(moved.code, Some(0), "{moved}");
     assert_same(&sides.from, &sides.to).await;
 }
+
+#[tokio::test]
+async fn an_archive_holds_the_rows_that_the_copy_would_take() {
+    let scratch = "create unlogged table scratch (v text); insert into scratch values ('of no worth')";
+    let sides = Sides::with(&format!("{CONTENT}; {scratch}"), "dump").await;
+    let copied = sides.pgtandem.run(&["run", "--until", "copy"]).await;
+    assert_eq!(copied.code, Some(0), "{copied}");
+    let rows = "select (select count(*) from account) || ' ' || (select count(*) from scratch)";
+    assert_eq!(sides.to.query_string(rows).await, "100 0");
+}
