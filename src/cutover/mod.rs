@@ -359,7 +359,7 @@ async fn persistently(what: &str, attempt: impl AsyncFn() -> Result<()>) -> Resu
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => error,
             Err(_) => {
-                Error::new(Class::Retry, "timeout", format!("the cutover could not be {what} within {ATTEMPT:?}"))
+                Error::new(Class::Retry, "cutover_stuck", format!("the cutover could not be {what} within {ATTEMPT:?}"))
             }
         };
         if began.elapsed() > UNDO_PATIENCE || error.code() == "leadership_lost" {

@@ -247,6 +247,10 @@ fn switch(pairs: &Pairs, keyword: &str) -> Result<bool> {
     }
 }
 
+/// `tcp_user_timeout`, unless the connection string says otherwise. A server that does not read for a while, such as one
+/// that waits for a lock, is not gone.
+const USER_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// Ours are shorter than the system's: a half-open connection of a long move must not wait for hours.
 fn keepalive(pairs: &Pairs) -> Result<Keepalive> {
     let seconds = |keyword, default: u64| -> Result<Option<Duration>> {
@@ -265,8 +269,7 @@ fn keepalive(pairs: &Pairs) -> Result<Keepalive> {
             Some(count) => u32::try_from(count).ok().filter(|count| *count > 0),
         },
         user_timeout: match integer(pairs, "tcp_user_timeout")? {
-            // A server that does not read for a while, such as one that waits for a lock, is not gone.
-            None => Some(Duration::from_secs(300)),
+            None => Some(USER_TIMEOUT),
             Some(milliseconds) if milliseconds <= 0 => None,
             Some(milliseconds) => Some(Duration::from_millis(milliseconds.unsigned_abs())),
         },
@@ -372,7 +375,7 @@ pub(super) fn parameters(conninfo: &ConnInfo) -> Vec<(&'static str, String)> {
     add("keepalives_interval", timing(keepalive.interval, 10));
     add("keepalives_count", unless(keepalive.count == Some(3), &keepalive.count.unwrap_or(0).to_string()));
     let user_timeout = keepalive.user_timeout.unwrap_or_default();
-    add("tcp_user_timeout", unless(user_timeout == Duration::from_secs(60), &user_timeout.as_millis().to_string()));
+    add("tcp_user_timeout", unless(user_timeout == USER_TIMEOUT, &user_timeout.as_millis().to_string()));
 
     let attrs = conninfo.session_attrs;
     add("target_session_attrs", unless(attrs == SessionAttrs::Any, attrs.as_str()));
