@@ -62,13 +62,13 @@ impl Table {
     }
 }
 
-/// Tables of extensions and of providers are not ours to move; neither is our own schema.
+/// Tables of extensions and of providers ([`super::provider::SCHEMAS`]) are not ours to move; neither is our own schema.
 ///
 /// `$1` is not used: the text is a condition over `n` (pg_namespace) and `c` (pg_class).
 pub const IS_USER_TABLE: &str = r"
     n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'pgtandem')
+    AND n.nspname NOT IN ('neon', 'neon_migration', 'google_vacuum_mgmt')
     AND n.nspname !~ '^pg_(temp|toast_temp)_'
-    AND n.nspname !~ '^(neon|rds|cloudsql|azure)(_|$)'
     AND NOT EXISTS (
         SELECT FROM pg_catalog.pg_depend d
         WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')";

@@ -11,6 +11,7 @@ pub mod identifier;
 pub mod lsn;
 pub mod passfile;
 pub mod pgoutput;
+pub mod provider;
 pub mod replication;
 pub mod server;
 pub mod tls;

@@ -7,13 +7,10 @@ use super::finding::kinds;
 use super::look::Look;
 use super::privileges::text;
 use crate::error::Result;
-use crate::postgres::{Side, quote_identifier, quote_literal};
+use crate::postgres::{Side, provider, quote_identifier, quote_literal};
 
-/// A provider's own extensions exist on its servers only, and hold nothing of the user.
-const INSTALLED: &str = r"
-    SELECT e.extname::text, e.extversion FROM pg_catalog.pg_extension e
-    WHERE e.extname <> 'plpgsql' AND e.extname !~ '^(neon|rds|cloudsql|google|azure|pg_azure|aws_)'
-    ORDER BY 1";
+const INSTALLED: &str =
+    "SELECT e.extname::text, e.extversion FROM pg_catalog.pg_extension e WHERE e.extname <> 'plpgsql' ORDER BY 1";
 
 /// Whether we could create it: trusted ones take CREATE on the database, others a superuser.
 const AVAILABLE: &str = r"
@@ -40,6 +37,11 @@ kinds! {
         why: "it is not marked as trusted, so it takes a superuser or a provider's allowance",
         fix: "as an administrator of the target: CREATE EXTENSION …",
     }
+    EXTENSION_LEFT_OUT = Info "provider_extension" {
+        what: "the source has an extension that its provider looks after the server with",
+        why: "it is of no use on another provider's servers, so it stays behind with what it made",
+        fix: "CREATE EXTENSION … on the target, if its provider offers it and you need it",
+    }
     EXTENSION_ACTIVE = Warning "extension_acts" {
         what: "the source has an extension that acts by itself",
         why: "its jobs must not run on the target before the cutover, and its own tables are not followed",
@@ -59,6 +61,11 @@ pub(super) async fn extensions(look: &Look<'_>) -> Result<Vec<Finding>> {
     }
     let mut found = Vec::new();
     for (name, version) in &installed {
+        if provider::EXTENSIONS.contains(&name.as_str()) {
+            let what = format!("the extension {name} stays behind");
+            found.push(EXTENSION_LEFT_OUT.on(Side::Source, what).objects(vec![name.clone()]));
+            continue;
+        }
         let there = here.get(name);
         match offered.get(name) {
             None if there.is_none() => found.push(missing(name)),

@@ -1,4 +1,3 @@
-//! Whether a database can be moved: everything that stands in the way, said before the move begins.
 //!
 //! Owns every question asked of the two servers beforehand. Each check asks one thing and answers with [`Finding`]s that
 //! say what is the case, why it matters and the exact statement that mends it; all of them are asked, whatever
@@ -169,6 +168,7 @@ async fn ask_source(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "the replica identity of the tables", tables::replica_identity(look).await);
     answer(found, side, "the types of the columns", tables::identifiers_as_data(look).await);
     answer(found, side, "unlogged, foreign and inheriting tables", schema_objects::special_relations(look).await);
+    answer(found, side, "its provider's schemas", schema_objects::providers_schemas(look).await);
     answer(found, side, "the large objects", schema_objects::large_objects(look).await);
     answer(found, side, "event triggers, publications and subscriptions", schema_objects::database_objects(look).await);
     answer(found, side, "whether a subscription feeds its tables", subscriptions::subscriber(look).await);
@@ -192,11 +192,10 @@ async fn ask_target(look: &Look<'_>, found: &mut Vec<Finding>) {
 async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     let side = Side::Target;
     answer(found, side, "whether it is the source", identity::same(look).await);
-    answer(found, side, "its roles", target::roles(look).await);
     answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
+    answer(found, side, "its roles", target::roles(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);
     answer(found, side, "its extensions", extensions::extensions(look).await);
-    answer(found, side, "its encoding and locale", encoding::database_locale(look).await);
     answer(found, side, "its collations", encoding::column_collations(look).await);
     answer(found, side, "its disk", target::disk(look).await);
     answer(found, side, "the size of the lock tables", settings::lock_table(look).await);

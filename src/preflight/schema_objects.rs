@@ -5,8 +5,8 @@ use super::look::{Attempt, Look};
 use super::privileges::text;
 use super::{Finding, Kind};
 use crate::error::Result;
-use crate::postgres::Side;
 use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::{Side, provider};
 
 /// Relations of one kind; the condition is over `c`.
 fn relations(condition: &str) -> String {
@@ -24,6 +24,15 @@ const FOREIGN_TABLES: &str = "c.relkind = 'f'";
 const MATERIALIZED: &str = "c.relkind = 'm'";
 const INHERITANCE: &str = "c.relkind = 'r' AND NOT c.relispartition
     AND EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhrelid = c.oid)";
+
+/// Tables in schemas that stay behind because a provider makes schemas of these names: `$1`.
+const PROVIDERS_TABLES: &str = r"
+    SELECT pg_catalog.format('%s.%s', n.nspname, c.relname)
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = ANY ($1) AND c.relkind IN ('r', 'p', 'f')
+      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                      WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')
+    ORDER BY 1";
 
 const LARGE_OBJECT_COUNT: &str = "SELECT count(*) FROM pg_catalog.pg_largeobject_metadata";
 
@@ -66,6 +75,11 @@ kinds! {
         what: "the source has tables that inherit from others",
         why: "each is copied and followed on its own, as ONLY it",
         fix: "",
+    }
+    PROVIDERS_SCHEMAS = Warning "provider_schemas" {
+        what: "the source has tables in a schema that bears the name of a provider's own",
+        why: "such a schema belongs to the service that runs the source and stays behind whole: neither its definition nor its rows are carried",
+        fix: "if it is yours: ALTER SCHEMA … RENAME TO … before the move",
     }
     LARGE_OBJECTS = Warning "large_objects" {
         what: "the source has large objects",
@@ -119,6 +133,14 @@ fn set_logged(names: &[crate::postgres::QualifiedName]) -> String {
 
 fn about(finding: Finding, objects: Vec<String>) -> Option<Finding> {
     (!objects.is_empty()).then(|| finding.objects(objects))
+}
+
+/// Schemas that are left out by their name, where they hold something.
+pub(super) async fn providers_schemas(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let rows = look.source.client.query(PROVIDERS_TABLES, &[&provider::SCHEMAS.as_slice()]).await?;
+    let names = rows.iter().map(|row| text(row, 0)).collect::<Result<Vec<_>>>()?;
+    let what = format!("tables in schemas of the source's provider stay behind: {}", names.join(", "));
+    Ok(about(PROVIDERS_SCHEMAS.on(Side::Source, what), names).into_iter().collect())
 }
 
 pub(super) async fn large_objects(look: &Look<'_>) -> Result<Vec<Finding>> {

@@ -14,7 +14,7 @@ use crate::postgres::{Side, quote_identifier};
 /// Schemas of nobody's but the user's; `n` is pg_namespace.
 const IS_USER_SCHEMA: &str = r"
     n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'pgtandem')
-    AND n.nspname !~ '^pg_(temp|toast_temp)_' AND n.nspname !~ '^(neon|rds|cloudsql|azure)(_|$)'";
+    AND n.nspname NOT IN ('neon', 'neon_migration', 'google_vacuum_mgmt') AND n.nspname !~ '^pg_(temp|toast_temp)_'";
 
 /// Tables, views, sequences, functions and types that are there already.
 fn contents() -> String {

@@ -11,14 +11,14 @@ use super::toc::{Contents, Context};
 use super::{ForeignKeys, Programs};
 use crate::config::Scope;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::{QualifiedName, Server, Session};
+use crate::postgres::{QualifiedName, Server, Session, provider};
 
 /// How long pg_dump waits for a lock, in milliseconds. Waiting longer would queue the application behind it.
 const LOCK_WAIT_MILLIS: u32 = 5_000;
 /// How often it tries before the error is handed up.
 const LOCK_ATTEMPTS: u32 = 5;
-/// Schemas that never travel, in pg_dump's pattern language; the same set as [`super::toc::is_providers`].
-const EXCLUDED_SCHEMAS: [&str; 2] = ["pgtandem", "(neon|rds|cloudsql|azure)(|_*)"];
+/// The schema of moves never travels, and neither do those of [`provider::SCHEMAS`].
+const OUR_SCHEMA: &str = "pgtandem";
 
 /// What to dump and how.
 #[derive(Clone, Copy)]
@@ -93,7 +93,7 @@ pub(super) fn pg_dump(request: DumpRequest<'_>, left_out: &LeftOut) -> Child {
         .server(request.source, "schema")
         .args(["--no-password", "--no-publications", "--no-subscriptions"])
         .arg(format!("--lock-wait-timeout={LOCK_WAIT_MILLIS}"))
-        .args(EXCLUDED_SCHEMAS.map(|pattern| format!("--exclude-schema={pattern}")))
+        .args([OUR_SCHEMA].into_iter().chain(provider::SCHEMAS).map(|name| format!("--exclude-schema={name}")))
         .args(request.snapshot.map(|snapshot| format!("--snapshot={snapshot}")))
         .args(left_out.arguments())
 }

@@ -8,6 +8,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::postgres::provider;
+
 /// One object of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -140,8 +142,8 @@ fn step_of(entry: &Entry, section: Step, context: &Context) -> Option<Step> {
         | "BLOBS"
         | "BLOB METADATA"
         | "STATISTICS DATA" => None,
-        "EXTENSION" if is_providers(&entry.tag) => None,
-        "SCHEMA" if is_providers(&entry.tag) => None,
+        "EXTENSION" if provider::EXTENSIONS.contains(&entry.tag.as_str()) => None,
+        "SCHEMA" if provider::SCHEMAS.contains(&entry.tag.as_str()) => None,
         "SCHEMA" if entry.tag == "public" && entry.owner == context.bootstrap_role => None,
         "FK CONSTRAINT" => Some(Step::ForeignKeys),
         "TRIGGER" | "EVENT TRIGGER" => Some(Step::HeldBack),
@@ -176,15 +178,6 @@ fn attached_to(
         Step::ForeignKeys => 2,
         Step::HeldBack => 3,
     })
-}
-
-/// Schemas and extensions that a managed service puts into every database.
-#[must_use]
-pub fn is_providers(name: &str) -> bool {
-    ["neon", "rds", "cloudsql", "azure"]
-        .iter()
-        .filter_map(|prefix| name.strip_prefix(prefix))
-        .any(|rest| rest.is_empty() || rest.starts_with('_'))
 }
 
 /// All kinds that pg_dump 13 to 18 write with more than one word.
@@ -335,7 +328,8 @@ mod tests {
 ;
 ; Archive created at 2026-01-01
 5; 2615 2200 SCHEMA - public postgres
-6; 2615 3000 SCHEMA - neon_auth postgres
+6; 2615 3000 SCHEMA - neon_migration postgres
+7; 2615 3001 SCHEMA - neon_auth postgres
 2; 3079 16385 EXTENSION - citext \n\
 10; 0 0 COMMENT - EXTENSION citext \n\
 215; 1259 16386 TABLE public t owner
@@ -368,16 +362,11 @@ mod tests {
     fn each_entry_goes_to_its_step() {
         let contents = Contents::sort(BEFORE, AFTER, VERBOSE, &context());
         let numbers = |step| contents.of(step).iter().map(|entry| entry.number).collect::<Vec<_>>();
-        assert_eq!(numbers(Step::BeforeData), [2, 215, 216]);
+        assert_eq!(numbers(Step::BeforeData), [7, 2, 215, 216]);
         assert_eq!(numbers(Step::AfterData), [300, 306, 308]);
         assert_eq!(numbers(Step::ForeignKeys), [301, 302]);
         assert_eq!(numbers(Step::HeldBack), [304, 305, 307]);
         assert_eq!(contents.left_out.len(), 7, "{:?}", contents.left_out);
-    }
-
-    #[test]
-    fn provider_names_are_whole_words() {
-        assert!(is_providers("neon") && is_providers("rds_tools") && !is_providers("neonatology"));
     }
 
     proptest! {

@@ -12,6 +12,8 @@ use pgtandem::telemetry::Telemetry;
 
 use crate::harness::{Cluster, Database, PASSWORD, client_program};
 
+mod rights;
+
 const CHINOOK: &str = include_str!("../schemas/chinook.sql");
 const PAGILA: &str = include_str!("../schemas/pagila.sql");
 const ROLES: &str = "CREATE ROLE shop_owner; CREATE ROLE shop_reader; CREATE ROLE \"Shop Clerk\";
