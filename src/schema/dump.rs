@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::allowed::DefaultPrivileges;
 use super::child::Child;
 use super::left_out::LeftOut;
 use super::toc::{Contents, Context};
@@ -40,6 +41,7 @@ pub struct Archive {
     pub(super) foreign_keys: ForeignKeys,
     pub(super) materialized_views: Vec<QualifiedName>,
     pub(super) tablespaces: Vec<String>,
+    pub(super) default_privileges: Vec<DefaultPrivileges>,
 }
 
 impl Archive {
@@ -82,9 +84,10 @@ async fn dump_schema(request: DumpRequest<'_>) -> Result<Archive> {
     let foreign_keys = ForeignKeys::read(&session, &left_out.objects).await?;
     let materialized_views = populated_views(&session, &left_out.objects).await?;
     let tablespaces = used_tablespaces(&session).await?;
+    let default_privileges = DefaultPrivileges::read(&*session).await?;
     let context = context(&session, left_out.objects).await?;
     let contents = contents(request.programs, &file, &context).await?;
-    Ok(Archive { folder, contents, foreign_keys, materialized_views, tablespaces })
+    Ok(Archive { folder, contents, foreign_keys, materialized_views, tablespaces, default_privileges })
 }
 
 /// A pg_dump of what is in scope; format and sections are the caller's.

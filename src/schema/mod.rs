@@ -14,6 +14,7 @@
 //! Promises that every step can be repeated after a death at any moment. Must never drop or change an object that
 //! this move did not make, and never print a statement with its literals: a user mapping holds a password.
 
+mod allowed;
 mod child;
 pub mod data;
 mod dump;
@@ -26,8 +27,9 @@ pub mod programs;
 mod restore;
 pub mod toc;
 
+pub use allowed::{DefaultPrivileges, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
 pub use data::{DataArchive, Loading};
 pub use dump::{Archive, DumpRequest, dump};
 pub use foreign_keys::ForeignKeys;
 pub use programs::Programs;
-pub use restore::{PROBE_EVENT_TRIGGER, Restorer, can_set_replica_role};
+pub use restore::{Restorer, can_set_replica_role};

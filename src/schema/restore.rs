@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
+use super::allowed::{event_triggers_allowed, of_event_trigger, refused_default_privileges};
 use super::child::{Child, list_file};
 use super::dump::schema_differs;
 use super::existing::{Existing, invalid_indexes, is_proof};
@@ -97,7 +98,10 @@ impl Restorer<'_> {
                 .await
                 .doing(|| format!("dropping the unfinished index {}", index.plain()))?;
         }
-        self.restore_missing(&session, Step::AfterData, &[format!("--jobs={workers}")])
+        // Late, as in the archive: earlier they would add their grants to everything that is restored.
+        let refused = refused_default_privileges(&session, &self.archive.default_privileges).await?;
+        let wanted = |entry: &Entry| entry.kind != "DEFAULT ACL" || !refused.contains(&entry.object.1);
+        self.restore_those_missing(&session, Step::AfterData, &[format!("--jobs={workers}")], wanted)
             .await
             .doing(|| "building keys and indexes")
     }
@@ -169,9 +173,9 @@ impl Restorer<'_> {
         let session = self.session().await?;
         end_leftovers(&session, self.target).await?;
         let event_triggers = event_triggers_allowed(&session).await?;
-        let allowed = |entry: &Entry| event_triggers || entry.kind != "EVENT TRIGGER";
+        let allowed = |entry: &Entry| event_triggers || !of_event_trigger(entry);
         for entry in self.archive.contents.of(Step::HeldBack).iter().filter(|entry| !allowed(entry)) {
-            tracing::warn!("left out: event trigger {}, which the target refuses to its role", entry.tag);
+            tracing::warn!("left out: {} {}: the target refuses event triggers to its role", entry.kind, entry.tag);
         }
         self.restore_those_missing(&session, Step::HeldBack, &["--single-transaction".into()], allowed)
             .await
@@ -288,21 +292,6 @@ pub async fn can_set_replica_role(session: &Session) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(e) if e.as_db_error().is_some() => Ok(false),
         Err(e) => Err(Error::from(e).doing("probing session_replication_role")),
-    }
-}
-
-/// Makes an event trigger, for a transaction that is rolled back: whether the role may. Nobody else sees it meanwhile.
-pub const PROBE_EVENT_TRIGGER: &str = "
-    CREATE FUNCTION pg_temp.pgtandem_probe() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
-    CREATE EVENT TRIGGER pgtandem_probe ON sql_drop EXECUTE FUNCTION pg_temp.pgtandem_probe()";
-
-async fn event_triggers_allowed(session: &Session) -> Result<bool> {
-    let outcome = session.batch_execute(&format!("BEGIN; {PROBE_EVENT_TRIGGER}")).await;
-    session.batch_execute("ROLLBACK").await.doing(|| "probing event triggers")?;
-    match outcome {
-        Ok(()) => Ok(true),
-        Err(e) if e.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
-        Err(e) => Err(Error::from(e).doing("probing event triggers")),
     }
 }
 

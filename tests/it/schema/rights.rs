@@ -43,3 +43,50 @@ async fn a_schema_that_is_named_almost_like_a_providers_travels() {
     }
     assert_eq!((there.len(), tables.len()), (3, 3), "{there:?} {tables:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn default_privileges_that_the_target_cannot_take_are_left_out() {
+    let sides = Sides::with("CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO shop_owner").await;
+    sides
+        .databases
+        .0
+        .execute(
+            "CREATE ROLE cloud_admin; CREATE ROLE neon_superuser;
+             ALTER DEFAULT PRIVILEGES FOR ROLE cloud_admin IN SCHEMA public GRANT ALL ON TABLES TO neon_superuser;
+             ALTER DEFAULT PRIVILEGES FOR ROLE rental_owner IN SCHEMA public GRANT SELECT ON TABLES TO shop_reader;
+             ALTER DEFAULT PRIVILEGES FOR ROLE shop_owner IN SCHEMA public GRANT SELECT ON TABLES TO shop_reader",
+        )
+        .await;
+    let sides = sides.with_plain_role().await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    let restorer = sides.restorer(&archive);
+    restorer.before_data().await.unwrap();
+    restorer.after_data(TWO).await.unwrap();
+    let there = "SELECT string_agg(defaclrole::regrole || ' ' || defaclacl::text, ',') FROM pg_default_acl";
+    assert_eq!(sides.databases.1.query_string(there).await, "shop_owner {shop_reader=r/shop_owner}");
+    let granted = "SELECT coalesce(relacl::text, 'nothing') FROM pg_class WHERE relname = 't'";
+    assert_eq!(sides.databases.1.query_string(granted).await, "nothing", "what was restored before them is as it was");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_trigger_that_is_refused_stays_behind_with_its_comment() {
+    let sides = Sides::with(
+        "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO shop_owner;
+         CREATE FUNCTION log_it() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; ALTER FUNCTION log_it OWNER TO shop_owner;
+         CREATE EVENT TRIGGER \"watch it\" ON sql_drop EXECUTE FUNCTION log_it();
+         COMMENT ON EVENT TRIGGER \"watch it\" IS 'of the auditors';
+         CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN new; END'; ALTER FUNCTION touch OWNER TO shop_owner;
+         CREATE TRIGGER touched BEFORE UPDATE ON t FOR EACH ROW EXECUTE FUNCTION touch();
+         COMMENT ON TRIGGER touched ON t IS 'kept'",
+    )
+    .await;
+    let sides = sides.with_plain_role().await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    let restorer = sides.restorer(&archive);
+    restorer.before_data().await.unwrap();
+    restorer.after_data(TWO).await.unwrap();
+    restorer.hold_back().await.unwrap();
+    let there = "SELECT (SELECT count(*) FROM pg_event_trigger) || ' ' || obj_description(oid, 'pg_trigger')
+                 FROM pg_trigger WHERE tgname = 'touched'";
+    assert_eq!(sides.databases.1.query_string(there).await, "0 kept");
+}

@@ -1,0 +1,179 @@
+//! What the target's role may restore, asked of the target just before: what it would refuse is left out and named, so that
+//! it does not stop a restore that is nearly done.
+
+use std::collections::HashSet;
+
+use tokio_postgres::error::SqlState;
+
+use super::toc::Entry;
+use crate::error::{Doing, Error, Result};
+use crate::postgres::Session;
+
+/// Makes an event trigger, for a transaction that is rolled back: whether the role may. Nobody else sees it meanwhile.
+pub const PROBE_EVENT_TRIGGER: &str = "
+    CREATE FUNCTION pg_temp.pgtandem_probe() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+    CREATE EVENT TRIGGER pgtandem_probe ON sql_drop EXECUTE FUNCTION pg_temp.pgtandem_probe()";
+
+/// Each `ALTER DEFAULT PRIVILEGES` of the source: the role that it is for, and every role that it names.
+pub const DEFAULT_PRIVILEGES: &str = r"
+    SELECT d.oid, o.rolname::text, COALESCE(n.nspname::text, ''),
+           ARRAY(SELECT DISTINCT g.rolname::text
+                 FROM pg_catalog.aclexplode(d.defaclacl) a JOIN pg_catalog.pg_roles g ON g.oid = a.grantee ORDER BY 1)
+    FROM pg_catalog.pg_default_acl d
+    JOIN pg_catalog.pg_roles o ON o.oid = d.defaclrole
+    LEFT JOIN pg_catalog.pg_namespace n ON n.oid = d.defaclnamespace
+    ORDER BY 2, 3, 1";
+
+/// `$1`: names of roles. Those that are there, and whether we may set their default privileges: before 16 a member may, from
+/// 16 on one that inherits.
+pub const ROLES_AND_OURS: &str = r"
+    SELECT r.rolname::text,
+           pg_catalog.pg_has_role(r.oid, CASE WHEN pg_catalog.current_setting('server_version_num')::int4 < 160000
+                                              THEN 'MEMBER' ELSE 'USAGE' END)
+    FROM pg_catalog.pg_roles r WHERE r.rolname = ANY ($1)";
+
+/// One `ALTER DEFAULT PRIVILEGES` of the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DefaultPrivileges {
+    /// `pg_default_acl.oid`
+    pub oid: u32,
+    /// Whose objects they are for.
+    pub role: String,
+    /// Within which schema; empty for all.
+    pub schema: String,
+    /// Who is granted something.
+    pub grantees: Vec<String>,
+}
+
+impl DefaultPrivileges {
+    /// All of the source.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn read(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Self>> {
+        let rows = client.query(DEFAULT_PRIVILEGES, &[]).await.doing(|| "listing default privileges")?;
+        rows.iter()
+            .map(|row| {
+                Ok(Self {
+                    oid: row.try_get(0)?,
+                    role: row.try_get(1)?,
+                    schema: row.try_get(2)?,
+                    grantees: row.try_get(3)?,
+                })
+            })
+            .collect()
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn plain(&self) -> String {
+        match self.schema.as_str() {
+            "" => format!("default privileges for {}", self.role),
+            schema => format!("default privileges for {} in {schema}", self.role),
+        }
+    }
+}
+
+/// Which roles the target has, and for which of them we may act.
+pub struct TargetRoles {
+    there: HashSet<String>,
+    ours: HashSet<String>,
+}
+
+impl TargetRoles {
+    /// Asks for those that these default privileges name.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn of(target: &impl tokio_postgres::GenericClient, all: &[DefaultPrivileges]) -> Result<Self> {
+        let names: Vec<&String> = all.iter().flat_map(|one| one.grantees.iter().chain([&one.role])).collect();
+        let rows = target.query(ROLES_AND_OURS, &[&names]).await.doing(|| "asking for the target's roles")?;
+        let (mut there, mut ours) = (HashSet::new(), HashSet::new());
+        for row in &rows {
+            let name: String = row.try_get(0)?;
+            if row.try_get(1)? {
+                ours.insert(name.clone());
+            }
+            there.insert(name);
+        }
+        Ok(Self { there, ours })
+    }
+
+    /// Why the target would refuse them; `None` where it takes them.
+    #[must_use]
+    pub fn refuse(&self, privileges: &DefaultPrivileges) -> Option<Refusal> {
+        let missing: Vec<String> = privileges
+            .grantees
+            .iter()
+            .chain([&privileges.role])
+            .filter(|role| !self.there.contains(*role))
+            .cloned()
+            .collect();
+        if !missing.is_empty() {
+            return Some(Refusal::Missing(missing));
+        }
+        (!self.ours.contains(&privileges.role)).then(|| Refusal::NotOurs(privileges.role.clone()))
+    }
+}
+
+/// Why default privileges cannot be restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// These roles are not there.
+    Missing(Vec<String>),
+    /// We are not a member of the role whose objects they are for.
+    NotOurs(String),
+}
+
+/// Oids of the default privileges that the target refuses; each is named in the log.
+pub(super) async fn refused_default_privileges(target: &Session, all: &[DefaultPrivileges]) -> Result<HashSet<u32>> {
+    if all.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let roles = TargetRoles::of(&**target, all).await?;
+    let mut refused = HashSet::new();
+    for privileges in all {
+        let why = match roles.refuse(privileges) {
+            None => continue,
+            Some(Refusal::Missing(roles)) => format!("the target lacks {}", roles.join(", ")),
+            Some(Refusal::NotOurs(role)) => format!("the target's role may not act for {role}"),
+        };
+        tracing::warn!("left out: {}: {why}", privileges.plain());
+        refused.insert(privileges.oid);
+    }
+    Ok(refused)
+}
+
+/// Whether the entry is, or hangs on, an event trigger: its comment and its label go where it goes.
+pub(super) fn of_event_trigger(entry: &Entry) -> bool {
+    entry.kind == "EVENT TRIGGER" || entry.schema.is_none() && entry.tag.starts_with("EVENT TRIGGER ")
+}
+
+pub(super) async fn event_triggers_allowed(session: &Session) -> Result<bool> {
+    let outcome = session.batch_execute(&format!("BEGIN; {PROBE_EVENT_TRIGGER}")).await;
+    session.batch_execute("ROLLBACK").await.doing(|| "probing event triggers")?;
+    match outcome {
+        Ok(()) => Ok(true),
+        Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
+        Err(e) => Err(Error::from(e).doing("probing event triggers")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn privileges(role: &str, grantees: &[&str]) -> DefaultPrivileges {
+        let grantees = grantees.iter().map(|&name| name.to_owned()).collect();
+        DefaultPrivileges { oid: 1, role: role.into(), schema: String::new(), grantees }
+    }
+
+    #[test]
+    fn every_role_that_is_named_must_be_there_and_the_owner_ours() {
+        let set = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        let roles = TargetRoles { there: set(&["app", "boss", "reader"]), ours: set(&["app"]) };
+        assert_eq!(roles.refuse(&privileges("app", &["reader"])), None);
+        assert_eq!(roles.refuse(&privileges("app", &["gone"])), Some(Refusal::Missing(vec!["gone".into()])));
+        assert_eq!(roles.refuse(&privileges("boss", &["reader"])), Some(Refusal::NotOurs("boss".into())));
+    }
+}
