@@ -7,7 +7,7 @@ use tokio_postgres::error::SqlState;
 
 use super::toc::Entry;
 use crate::error::{Doing, Error, Result};
-use crate::postgres::Session;
+use crate::postgres::{Session, provider, quote_identifier};
 
 /// Makes an event trigger, for a transaction that is rolled back: whether the role may. Nobody else sees it meanwhile.
 pub const PROBE_EVENT_TRIGGER: &str = "
@@ -31,6 +31,11 @@ pub const ROLES_AND_OURS: &str = r"
            pg_catalog.pg_has_role(r.oid, CASE WHEN pg_catalog.current_setting('server_version_num')::int4 < 160000
                                               THEN 'MEMBER' ELSE 'USAGE' END)
     FROM pg_catalog.pg_roles r WHERE r.rolname = ANY ($1)";
+
+/// `$1`: a schema's name. Its owner, and whether it is ours to give away.
+const SCHEMA_OWNER: &str = r"
+    SELECT pg_catalog.pg_get_userbyid(n.nspowner)::text, pg_catalog.pg_has_role(n.nspowner, 'USAGE')
+    FROM pg_catalog.pg_namespace n WHERE n.nspname = $1";
 
 /// One `ALTER DEFAULT PRIVILEGES` of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,6 +162,25 @@ pub(super) async fn event_triggers_allowed(session: &Session) -> Result<bool> {
         Err(e) if e.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
         Err(e) => Err(Error::from(e).doing("probing event triggers")),
     }
+}
+
+/// Gives a schema that was there before us the owner that it has on the source, except where that is a provider's. Answers
+/// whether the schema was ours to give; if not, it keeps its owner, which the log says.
+pub(super) async fn give_schema(target: &Session, schema: &str, owner: &str) -> Result<bool> {
+    let row =
+        target.query_opt(SCHEMA_OWNER, &[&schema]).await.doing(|| format!("asking who owns the schema {schema}"))?;
+    let Some(row) = row else { return Ok(true) };
+    let (now, ours): (String, bool) = (row.try_get(0)?, row.try_get(1)?);
+    if now == owner || owner.is_empty() || provider::ROLES.contains(&owner) {
+        return Ok(ours);
+    }
+    if !ours {
+        tracing::warn!("the schema {schema} stays with {now} on the target: its role may not give it to {owner}");
+        return Ok(false);
+    }
+    let sql = format!("ALTER SCHEMA {} OWNER TO {}", quote_identifier(schema), quote_identifier(owner));
+    target.batch_execute(&sql).await.doing(|| format!("giving the schema {schema} to {owner}"))?;
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! Putting the schema into the target, step by step. Each step can be repeated after a death at any moment.
 
+use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use super::allowed::{event_triggers_allowed, of_event_trigger, refused_default_privileges};
+use super::allowed::{event_triggers_allowed, give_schema, of_event_trigger, refused_default_privileges};
 use super::child::{Child, list_file};
 use super::dump::schema_differs;
 use super::existing::{Existing, invalid_indexes, is_proof};
@@ -66,13 +67,18 @@ impl Restorer<'_> {
         end_leftovers(&session, self.target).await?;
         let existing = Existing::read(&session).await?;
         let unfinished = self.store.schema_unfinished().await?;
-        let entries: Vec<&Entry> = self
-            .archive
-            .contents
-            .of(Step::BeforeData)
-            .iter()
-            .filter(|entry| entry.kind != "SCHEMA" || unfinished || !existing.has(entry))
-            .collect();
+        let (there, entries): (Vec<&Entry>, Vec<&Entry>) =
+            self.archive.contents.of(Step::BeforeData).iter().partition(|entry| {
+                entry.kind == "SCHEMA" && existing.has(entry) && (!unfinished || entry.tag == "public")
+            });
+        // First of all: once the rest is restored, nothing would tell that this is missing.
+        let mut strangers = HashSet::new();
+        for schema in there {
+            if !give_schema(&session, &schema.tag, &schema.owner).await? {
+                strangers.insert(format!("SCHEMA {}", schema.tag));
+            }
+        }
+        let entries: Vec<&Entry> = entries.into_iter().filter(|entry| !takes_ownership(entry, &strangers)).collect();
         if !unfinished {
             match self.restore(&session, &entries, &["--single-transaction".into()]).await {
                 Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,
@@ -236,6 +242,11 @@ impl Restorer<'_> {
     async fn session(&self) -> Result<Session> {
         self.target.connect("schema").await
     }
+}
+
+/// Whether only the owner of one of these schemas may restore the entry: its comment or its label.
+fn takes_ownership(entry: &Entry, schemas: &HashSet<String>) -> bool {
+    matches!(entry.kind.as_str(), "COMMENT" | "SECURITY LABEL") && schemas.contains(&entry.tag)
 }
 
 /// `INDEX orders_at` in `pg_restore: launching item 3158 INDEX orders_at`.

@@ -69,6 +69,38 @@ async fn default_privileges_that_the_target_cannot_take_are_left_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn schemas_that_were_there_get_their_owner_comment_and_grants() {
+    let sides = Sides::with(
+        "ALTER SCHEMA public OWNER TO shop_owner; COMMENT ON SCHEMA public IS 'of the shop';
+         GRANT CREATE ON SCHEMA public TO shop_reader;
+         CREATE SCHEMA early AUTHORIZATION rental_owner; CREATE TABLE early.t (id int PRIMARY KEY)",
+    )
+    .await;
+    sides.databases.1.execute("CREATE SCHEMA early").await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    let restorer = sides.restorer(&archive);
+    restorer.before_data().await.unwrap();
+    restorer.after_data(TWO).await.unwrap();
+    let (source, target) = sides.schemas();
+    assert!(source.contains("ALTER SCHEMA public OWNER TO shop_owner;"), "{source}");
+    assert_equal(&source, &target);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_of_somebody_else_stops_nothing() {
+    let sides = Sides::with(
+        "ALTER SCHEMA public OWNER TO shop_owner; COMMENT ON SCHEMA public IS 'of the shop';
+         CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO shop_owner",
+    )
+    .await;
+    let sides = sides.with_plain_role().await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    sides.restorer(&archive).before_data().await.unwrap();
+    let owner = "SELECT relowner::regrole FROM pg_class WHERE relname = 't'";
+    assert_eq!(sides.databases.1.query_string(owner).await, "shop_owner");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_event_trigger_that_is_refused_stays_behind_with_its_comment() {
     let sides = Sides::with(
         "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO shop_owner;
