@@ -23,7 +23,8 @@ const FACTS: &str = r"
            pg_catalog.current_setting('server_version'),
            current_user::text,
            pg_catalog.pg_is_in_recovery(),
-           pg_catalog.current_database()::text
+           pg_catalog.current_database()::text,
+           r.rolsuper
     FROM pg_catalog.pg_roles r WHERE r.rolname = current_user";
 
 /// One side, as the checks see it.
@@ -42,6 +43,8 @@ pub(super) struct Facts {
     pub(super) user: String,
     pub(super) in_recovery: bool,
     pub(super) database: String,
+    /// For the wording of a fix only: what the role may do is tried or asked.
+    pub(super) superuser: bool,
 }
 
 impl Facts {
@@ -68,16 +71,20 @@ impl Look<'_> {
         [&self.source, &self.target]
     }
 
+    /// Whether a table, or another relation of this name, is part of the move.
+    pub(super) fn travels(&self, name: &QualifiedName) -> bool {
+        match self.tables.get(name) {
+            Some(table) => table.travels,
+            None => self.config.scope.contains(name, &[]),
+        }
+    }
+
     /// The rows whose first two columns name a table of the move, or another relation in its scope.
     pub(super) fn in_scope(&self, rows: Vec<Row>) -> Result<Vec<(QualifiedName, Row)>> {
         let mut kept = Vec::with_capacity(rows.len());
         for row in rows {
             let name = QualifiedName::new(row.try_get::<_, String>(0)?, row.try_get::<_, String>(1)?);
-            let travels = match self.tables.get(&name) {
-                Some(table) => table.travels,
-                None => self.config.scope.contains(&name, &[]),
-            };
-            if travels {
+            if self.travels(&name) {
                 kept.push((name, row));
             }
         }
@@ -101,6 +108,7 @@ impl<'a> Place<'a> {
             user: row.try_get(2)?,
             in_recovery: row.try_get(3)?,
             database: row.try_get(4)?,
+            superuser: row.try_get(5)?,
         };
         Ok(Self { side, client, facts })
     }

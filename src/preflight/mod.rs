@@ -13,10 +13,12 @@ mod extensions;
 mod finding;
 mod identity;
 mod look;
+mod owned;
 mod pooled;
 mod privileges;
 mod replication;
 mod report;
+mod roles;
 mod schema_objects;
 mod settings;
 mod subscriptions;
@@ -55,6 +57,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         settings::KINDS,
         wal::KINDS,
         target::KINDS,
+        roles::KINDS,
     ]
     .into_iter()
     .flatten()
@@ -192,8 +195,9 @@ async fn ask_target(look: &Look<'_>, found: &mut Vec<Finding>) {
 async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     let side = Side::Target;
     answer(found, side, "whether it is the source", identity::same(look).await);
+    answer(found, side, "its roles", roles::roles(look).await);
+    answer(found, side, "default privileges", roles::default_privileges(look).await);
     answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
-    answer(found, side, "its roles", target::roles(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);
     answer(found, side, "its extensions", extensions::extensions(look).await);
     answer(found, side, "its collations", encoding::column_collations(look).await);

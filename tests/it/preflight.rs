@@ -1,5 +1,7 @@
 //! Preflight finds everything at once, and leaves nothing behind.
 
+mod rights;
+
 use std::num::NonZeroUsize;
 use std::time::Duration;
 

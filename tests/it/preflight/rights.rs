@@ -1,0 +1,103 @@
+//! What the target's role may not do, and what does not travel by itself, is found before the move, with a fix that mends it.
+
+use super::*;
+
+/// Two empty databases, the target's reached by a role without a superuser's rights that may make schemas.
+struct Plain {
+    _clusters: (Cluster, Cluster),
+    from: Database,
+    /// As the administrator.
+    admin: Database,
+    to: Database,
+}
+
+impl Plain {
+    async fn new((source, target): (u16, u16)) -> Self {
+        let clusters = (Cluster::start(source).await, Cluster::start(target).await);
+        let (from, admin) = (clusters.0.create_database("app").await, clusters.1.create_database("app").await);
+        admin
+            .execute(&format!(
+                "create role plain login password '{PASSWORD}'; grant create, temporary on database app to plain"
+            ))
+            .await;
+        let to = admin.with_user("plain", PASSWORD);
+        Self { _clusters: clusters, from, admin, to }
+    }
+
+    async fn check(&self) -> Report {
+        check(&self.from, &self.to).await
+    }
+
+    /// Runs every statement of the findings that block.
+    async fn mend(&self, report: &Report) {
+        for finding in report.findings.iter().filter(|found| found.severity.as_str() == "blocking") {
+            self.admin.execute(finding.fix.as_ref().unwrap()).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn roles_that_are_named_almost_like_a_providers_are_asked_for() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(
+        "create role neondb_owner; create role rds_app; create role idle;
+         create table t (id int primary key); alter table t owner to neondb_owner; grant select on t to rds_app;
+         create schema neon; create role rds_superuser; create table neon.theirs (id int); alter table neon.theirs owner to rds_superuser",
+    )
+    .await;
+
+    let report = check(&from, &to).await;
+
+    assert_eq!(objects(&report, "roles_missing"), ["neondb_owner", "rds_app"], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "provider_schemas"), ["neon.theirs"]);
+}
+
+#[tokio::test]
+async fn a_membership_must_let_us_give_and_act() {
+    for versions in [(15, 15), (16, 16)] {
+        let stage = Plain::new(versions).await;
+        stage.from.execute("create role boss; create table t (id int primary key); alter table t owner to boss").await;
+        stage.admin.execute("create role boss; grant usage, create on schema public to boss, plain").await;
+        let half = if versions.1 < 16 {
+            "alter role plain noinherit; grant boss to plain"
+        } else {
+            "grant boss to plain with set false"
+        };
+        stage.admin.execute(half).await;
+
+        let report = stage.check().await;
+        assert_eq!(codes(&report, "blocking"), ["not_member_of_owner"], "{}", report.to_text(false));
+
+        stage.mend(&report).await;
+        let report = stage.check().await;
+        assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+    }
+}
+
+#[tokio::test]
+async fn default_privileges_that_will_be_left_out_are_named() {
+    let stage = Plain::new(versions_under_test()).await;
+    stage
+        .from
+        .execute(
+            "create role cloud_admin; create role neon_superuser; create role boss; create role reader;
+             alter default privileges for role cloud_admin in schema public grant all on tables to neon_superuser;
+             alter default privileges for role boss grant select on tables to reader",
+        )
+        .await;
+    stage.admin.execute("create role boss; create role reader").await;
+
+    let report = stage.check().await;
+
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+    assert_eq!(
+        objects(&report, "default_privileges_left_out"),
+        ["default privileges for boss", "default privileges for cloud_admin in public"]
+    );
+    stage.admin.execute(&fix(&report, "default_privileges_left_out")).await;
+    let report = stage.check().await;
+    assert_eq!(objects(&report, "default_privileges_left_out"), ["default privileges for cloud_admin in public"]);
+    stage.admin.execute(&fix(&report, "default_privileges_left_out")).await;
+    assert_eq!(finding(&stage.check().await, "default_privileges_left_out"), None);
+}
