@@ -11,6 +11,7 @@ mod connection;
 mod encoding;
 mod extensions;
 mod finding;
+mod grants;
 mod identity;
 mod look;
 mod owned;
@@ -20,6 +21,7 @@ mod replication;
 mod report;
 mod roles;
 mod schema_objects;
+mod schemas;
 mod settings;
 mod subscriptions;
 mod tables;
@@ -58,6 +60,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         wal::KINDS,
         target::KINDS,
         roles::KINDS,
+        schemas::KINDS,
     ]
     .into_iter()
     .flatten()
@@ -196,6 +199,7 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     let side = Side::Target;
     answer(found, side, "whether it is the source", identity::same(look).await);
     answer(found, side, "its roles", roles::roles(look).await);
+    answer(found, side, "schemas of both sides", schemas::existing(look).await);
     answer(found, side, "default privileges", roles::default_privileges(look).await);
     answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);

@@ -37,6 +37,33 @@ impl Plain {
 }
 
 #[tokio::test]
+async fn what_the_first_role_owns_must_find_that_role_on_the_target() {
+    let stage = Plain::new(versions_under_test()).await;
+    stage.from.execute("create table t (id int primary key)").await;
+
+    // The tests' servers are made by `postgres`, which exists everywhere; a provider's role is no member of it.
+    let report = stage.check().await;
+    assert_eq!(
+        codes(&report, "blocking"),
+        ["not_member_of_owner", "target_schema_closed"],
+        "{}",
+        report.to_text(false)
+    );
+    assert_eq!(objects(&report, "not_member_of_owner"), ["postgres"]);
+
+    // And where it has another name, it is missing.
+    stage.admin.execute("create role chief superuser login password 'x'").await;
+    let chief = stage.admin.with_user("chief", "x");
+    chief.execute("alter role postgres rename to first").await;
+    let report = stage.check().await;
+    assert_eq!(objects(&report, "roles_missing"), ["postgres"], "{}", report.to_text(false));
+    chief.execute(&fix(&report, "roles_missing")).await;
+    let report = stage.check().await;
+    assert_eq!(finding(&report, "roles_missing"), None);
+    assert_eq!(finding(&report, "not_member_of_owner"), None, "the fix grants the role as well");
+}
+
+#[tokio::test]
 async fn roles_that_are_named_almost_like_a_providers_are_asked_for() {
     let (source, target) = Cluster::pair().await;
     let (from, to) = (source.create_database("app").await, target.create_database("app").await);
@@ -73,6 +100,38 @@ async fn a_membership_must_let_us_give_and_act() {
         let report = stage.check().await;
         assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
     }
+}
+
+#[tokio::test]
+async fn whoever_makes_or_gets_an_object_must_be_able_to_create_in_its_schema() {
+    let stage = Plain::new((16, 17)).await;
+    stage
+        .from
+        .execute(
+            "create role boss; create schema early; create schema late authorization boss;
+             create table t (id int primary key); alter table t owner to boss;
+             create function early.f() returns int language sql as 'select 1'; alter function early.f owner to boss;
+             create table late.t (id int primary key); alter table late.t owner to boss;
+             alter schema early owner to boss",
+        )
+        .await;
+    stage.admin.execute("create role boss; grant boss to plain; create schema early").await;
+
+    let report = stage.check().await;
+
+    assert_eq!(codes(&report, "blocking"), ["target_schema_closed"], "{}", report.to_text(false));
+    assert_eq!(
+        objects(&report, "target_schema_closed"),
+        ["early for boss", "early for plain", "public for boss", "public for plain"]
+    );
+    stage.mend(&report).await;
+    let report = stage.check().await;
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+    assert_eq!(fix(&report, "target_schema_kept"), r#"ALTER SCHEMA "early" OWNER TO "boss";"#);
+
+    stage.admin.execute(&fix(&report, "target_schema_kept")).await;
+    let report = stage.check().await;
+    assert_eq!(codes(&report, "warning"), [""; 0], "{}", report.to_text(false));
 }
 
 #[tokio::test]
