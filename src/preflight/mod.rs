@@ -189,6 +189,7 @@ async fn ask_target(look: &Look<'_>, found: &mut Vec<Finding>) {
     let (target, side) = (&look.target, Side::Target);
     answer(found, side, "whether it can be written to", connection::read_only(target).await);
     answer(found, side, "whether a schema can be made", privileges::creating(look).await);
+    answer(found, side, "forced row-level security", privileges::target_row_level_security(look).await);
     answer(found, side, "session_replication_role", privileges::replication_role(target).await);
     answer(found, side, "what it holds already", target::empty(look).await);
     answer(found, side, "its event triggers", schema_objects::target_event_triggers(look).await);

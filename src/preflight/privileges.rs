@@ -64,6 +64,26 @@ fn row_security() -> String {
     )
 }
 
+/// Row-level security that applies to owners too, and so to everybody who acts for them on the target.
+fn forced_row_security() -> String {
+    format!(
+        r"
+        SELECT n.nspname::text, c.relname::text
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND c.relrowsecurity AND c.relforcerowsecurity AND {IS_USER_TABLE}
+        ORDER BY 1, 2"
+    )
+}
+
+/// Reads a table of one's own whose row-level security is forced, as every session of ours does: with row_security off.
+const PROBE_ROW_SECURITY: &str = "
+    CREATE SCHEMA pgtandem_probe;
+    CREATE TABLE pgtandem_probe.probe ();
+    ALTER TABLE pgtandem_probe.probe ENABLE ROW LEVEL SECURITY;
+    ALTER TABLE pgtandem_probe.probe FORCE ROW LEVEL SECURITY;
+    SET LOCAL row_security = off;
+    SELECT FROM pgtandem_probe.probe";
+
 kinds! {
     NO_PUBLICATION_RIGHT = Blocking "no_publication_right" {
         what: "the source's role may not make a publication",
@@ -94,6 +114,11 @@ kinds! {
         what: "row-level security of the source would hide rows from the copy",
         why: "a filtered copy is a wrong copy; PostgreSQL refuses it under row_security = off, and so do we",
         fix: "ALTER ROLE … BYPASSRLS",
+    }
+    TARGET_ROW_SECURITY = Blocking "target_row_security" {
+        what: "forced row-level security of the source would apply to the target's role",
+        why: "every session of a move works under row_security = off, so that nothing is filtered: the target would refuse each change of these tables",
+        fix: "ALTER ROLE … BYPASSRLS on the target, or ALTER TABLE … NO FORCE ROW LEVEL SECURITY on the source until after the cutover",
     }
     TARGET_NO_CREATE = Blocking "target_no_create" {
         what: "the target's role may not make schemas",
@@ -183,6 +208,21 @@ pub(super) async fn row_level_security(look: &Look<'_>) -> Result<Vec<Finding>> 
     let what = format!("row-level security of {} applies to {}", tables(hidden.len()), look.source.facts.user);
     let fix = format!("ALTER ROLE {} BYPASSRLS;", quote_identifier(&look.source.facts.user));
     Ok(vec![ROW_SECURITY.on(Side::Source, what).fix(fix).objects(plain(&hidden))])
+}
+
+/// Whether the target lets its role write to tables whose row-level security is forced.
+pub(super) async fn target_row_level_security(look: &Look<'_>) -> Result<Vec<Finding>> {
+    let forced = look.names_in_scope(look.source.client.query(&forced_row_security(), &[]).await?)?;
+    let target = &look.target;
+    // Where not even a schema can be made, this is unknown, and another finding says why.
+    if forced.is_empty() || matches!(attempt_write(target, PROBE_SCHEMA).await?, Attempt::Refused(_)) {
+        return Ok(Vec::new());
+    }
+    let Attempt::Refused(words) = attempt_write(target, PROBE_ROW_SECURITY).await? else { return Ok(Vec::new()) };
+    let what =
+        format!("forced row-level security of {} would apply to {}: {words}", tables(forced.len()), target.facts.user);
+    let fix = format!("ALTER ROLE {} BYPASSRLS;", quote_identifier(&target.facts.user));
+    Ok(vec![TARGET_ROW_SECURITY.on(Side::Target, what).fix(fix).objects(plain(&forced))])
 }
 
 /// Making schemas on the target.

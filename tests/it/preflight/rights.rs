@@ -135,6 +135,29 @@ async fn whoever_makes_or_gets_an_object_must_be_able_to_create_in_its_schema() 
 }
 
 #[tokio::test]
+async fn forced_row_level_security_must_not_apply_to_the_targets_role() {
+    let stage = Plain::new(versions_under_test()).await;
+    stage
+        .from
+        .execute(
+            "create role boss; create table open (id int primary key); create table forced (id int primary key);
+             alter table open enable row level security;
+             alter table forced enable row level security; alter table forced force row level security;
+             alter table open owner to boss; alter table forced owner to boss",
+        )
+        .await;
+    stage.admin.execute("create role boss; grant boss to plain; grant create on schema public to boss, plain").await;
+
+    let report = stage.check().await;
+
+    assert_eq!(codes(&report, "blocking"), ["target_row_security"], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "target_row_security"), ["public.forced"]);
+    stage.mend(&report).await;
+    let report = stage.check().await;
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+}
+
+#[tokio::test]
 async fn default_privileges_that_will_be_left_out_are_named() {
     let stage = Plain::new(versions_under_test()).await;
     stage
