@@ -1,3 +1,4 @@
+//! Whether a database can be moved: everything that stands in the way, said before the move begins.
 //!
 //! Owns every question asked of the two servers beforehand. Each check asks one thing and answers with [`Finding`]s that
 //! say what is the case, why it matters and the exact statement that mends it; all of them are asked, whatever
@@ -8,6 +9,7 @@
 //! `docs/preflight.md` has a row for every kind of finding.
 
 mod connection;
+mod database;
 mod encoding;
 mod extensions;
 mod finding;
@@ -61,6 +63,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         target::KINDS,
         roles::KINDS,
         schemas::KINDS,
+        database::KINDS,
     ]
     .into_iter()
     .flatten()
@@ -203,8 +206,10 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "schemas of both sides", schemas::existing(look).await);
     answer(found, side, "default privileges", roles::default_privileges(look).await);
     answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
+    answer(found, side, "its own settings and grants", database::properties(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);
     answer(found, side, "its extensions", extensions::extensions(look).await);
+    answer(found, side, "its encoding and locale", encoding::database_locale(look).await);
     answer(found, side, "its collations", encoding::column_collations(look).await);
     answer(found, side, "its disk", target::disk(look).await);
     answer(found, side, "the size of the lock tables", settings::lock_table(look).await);

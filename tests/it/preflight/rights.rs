@@ -183,3 +183,30 @@ async fn default_privileges_that_will_be_left_out_are_named() {
     stage.admin.execute(&fix(&report, "default_privileges_left_out")).await;
     assert_eq!(finding(&stage.check().await, "default_privileges_left_out"), None);
 }
+
+#[tokio::test]
+async fn what_belongs_to_the_database_itself_is_printed_as_statements() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("My App").await);
+    for database in [&from, &to] {
+        database.execute("create role \"the app\"").await;
+    }
+    from.execute(
+        r#"alter database app set search_path to "$user", app, public; alter database app set work_mem to '8MB';
+           alter role "the app" in database app set statement_timeout to '5s';
+           revoke connect on database app from public; grant connect on database app to "the app";
+           comment on database app is 'it''s theirs'"#,
+    )
+    .await;
+
+    let report = check(&from, &to).await;
+
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "database_properties"), ["settings", "grants", "comment"]);
+    to.execute(&fix(&report, "database_properties")).await;
+    let report = check(&from, &to).await;
+    assert_eq!(finding(&report, "database_properties"), None, "{}", report.to_text(false));
+    let path =
+        "select setting from pg_db_role_setting, unnest(setconfig) s(setting) where setting like 'search_path=%'";
+    assert_eq!(to.query_string(path).await, from.query_string(path).await);
+}
