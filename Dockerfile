@@ -42,9 +42,10 @@ RUN apt-get update \
 FROM ${RUNTIME_IMAGE} AS runtime
 
 # pg_dump must not be older than the source, and what it writes must be accepted by the target. So several majors are
-# here, in /usr/lib/postgresql/<major>/bin, and pgtandem chooses for each move: the target's major where it is here and
-# not older than the source, else the nearest newer one. A newer major is added here, the oldest may be left out:
-# a newer pg_dump reads every older source. `pgtandem check` names the programs that it would use.
+# here, in /usr/lib/postgresql/<major>/bin, and pgtandem chooses for each move, among those that are not older than the
+# source: the target's major, else the nearest older one, else the nearest newer one; 17 and newer only for targets of 17
+# and newer. A newer major is added here. Of those below 17, what is left out takes away targets below 17 that are
+# older than the oldest kept one's sources: keep 16 in any case. `pgtandem check` names the programs that it would use.
 ARG PG_MAJORS="18 17 16 15 14"
 
 COPY --from=pgdg /usr/share/postgresql-common/pgdg/apt.postgresql.org.asc /usr/share/keyrings/apt.postgresql.org.asc

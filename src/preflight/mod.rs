@@ -19,6 +19,7 @@ mod look;
 mod owned;
 mod pooled;
 mod privileges;
+mod programs;
 mod replication;
 mod report;
 mod roles;
@@ -64,6 +65,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         roles::KINDS,
         schemas::KINDS,
         database::KINDS,
+        programs::KINDS,
     ]
     .into_iter()
     .flatten()
@@ -211,6 +213,7 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "its extensions", extensions::extensions(look).await);
     answer(found, side, "its encoding and locale", encoding::database_locale(look).await);
     answer(found, side, "its collations", encoding::column_collations(look).await);
+    answer(found, Side::Source, "the client programs", programs::find(look).await);
     answer(found, side, "its disk", target::disk(look).await);
     answer(found, side, "the size of the lock tables", settings::lock_table(look).await);
     for place in look.places() {

@@ -210,3 +210,12 @@ async fn what_belongs_to_the_database_itself_is_printed_as_statements() {
         "select setting from pg_db_role_setting, unnest(setconfig) s(setting) where setting like 'search_path=%'";
     assert_eq!(to.query_string(path).await, from.query_string(path).await);
 }
+
+#[tokio::test]
+async fn the_client_programs_are_named_or_asked_for() {
+    let (source, target) = (Cluster::start(13).await, Cluster::start(13).await);
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    let report = check(&from, &to).await;
+    let found = finding(&report, "client_programs").expect("the pair is named");
+    assert!(found.what.starts_with("pg_dump and pg_restore 1"), "{}", found.what);
+}
