@@ -23,10 +23,14 @@ const LOCK_ROOM: &str = r"
          * (pg_catalog.current_setting('max_connections')::int8
             + pg_catalog.current_setting('max_prepared_transactions')::int8)";
 
+/// The kind of somebody else's backend is hidden from those without pg_monitor, its database is not. Walsenders count apart,
+/// and what 16 and newer reserve is not ours to take.
 const CONNECTIONS: &str = r"
     SELECT pg_catalog.current_setting('max_connections')::int8
          - pg_catalog.current_setting('superuser_reserved_connections')::int8
-         - (SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE backend_type = 'client backend'),
+         - COALESCE(pg_catalog.current_setting('reserved_connections', true), '0')::int8
+         - (SELECT count(*) FROM pg_catalog.pg_stat_activity
+            WHERE COALESCE(backend_type, CASE WHEN datid IS NOT NULL THEN 'client backend' END) = 'client backend'),
            (SELECT r.rolconnlimit::int8 - (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.usename = r.rolname)
             FROM pg_catalog.pg_roles r WHERE r.rolname = current_user AND r.rolconnlimit >= 0),
            (SELECT d.datconnlimit::int8 - (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.datname = d.datname)

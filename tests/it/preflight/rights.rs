@@ -212,6 +212,30 @@ async fn what_belongs_to_the_database_itself_is_printed_as_statements() {
 }
 
 #[tokio::test]
+async fn connections_are_counted_though_they_are_somebody_elses() {
+    let (one, two) = versions_under_test();
+    let mut source = Cluster::builder(one).set("max_connections", "20").set("superuser_reserved_connections", "2");
+    if one >= 16 {
+        source = source.set("reserved_connections", "4");
+    }
+    let (source, target) = (source.start().await, Cluster::start(two).await);
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(&format!(
+        "create role plain login replication password '{PASSWORD}'; grant create on database app to plain"
+    ))
+    .await;
+    let plain = from.with_user("plain", PASSWORD);
+    assert_eq!(finding(&check(&plain, &to).await, "few_connections"), None);
+
+    let mut others = Vec::new();
+    for _ in 0..12 {
+        others.push(from.connect().await);
+    }
+    let report = check(&plain, &to).await;
+    assert!(finding(&report, "few_connections").is_some(), "{}", report.to_text(false));
+}
+
+#[tokio::test]
 async fn the_client_programs_are_named_or_asked_for() {
     let (source, target) = (Cluster::start(13).await, Cluster::start(13).await);
     let (from, to) = (source.create_database("app").await, target.create_database("app").await);
