@@ -2,7 +2,7 @@
 
 use super::Finding;
 use super::finding::kinds;
-use super::look::{Look, Place};
+use super::look::{Facts, Look, Place};
 use super::privileges::text;
 use crate::error::Result;
 use crate::postgres::catalog::IS_USER_TABLE;
@@ -119,20 +119,20 @@ impl Locale {
 pub(super) async fn database_locale(look: &Look<'_>) -> Result<Vec<Finding>> {
     let source = Locale::of(&look.source).await?;
     let target = Locale::of(&look.target).await?;
-    Ok(compare(&source, &target, &look.target.facts.database))
+    Ok(compare(&source, &target, &look.target.facts))
 }
 
-fn compare(source: &Locale, target: &Locale, database: &str) -> Vec<Finding> {
+fn compare(source: &Locale, target: &Locale, facts: &Facts) -> Vec<Finding> {
     let mut found = Vec::new();
     if source.encoding != target.encoding {
         let what = format!("the source is {}, the target {}", source.encoding, target.encoding);
-        found.push(ENCODING_DIFFERS.on(Side::Target, what).fix(create_like(source, database)));
+        found.push(ENCODING_DIFFERS.on(Side::Target, what).fix(create_like(source, facts)));
     } else if source.encoding == "SQL_ASCII" {
         found.push(SQL_ASCII.on(Side::Source, "both databases are SQL_ASCII"));
     }
     if !source.sorts_like(target) {
         let what = format!("the source sorts by {}, the target by {}", source.describe(), target.describe());
-        found.push(LOCALE_DIFFERS.on(Side::Target, what).fix(create_like(source, database)));
+        found.push(LOCALE_DIFFERS.on(Side::Target, what).fix(create_like(source, facts)));
     } else if let (Some(ours), Some(theirs)) = (&source.version, &target.version)
         && ours != theirs
     {
@@ -142,10 +142,12 @@ fn compare(source: &Locale, target: &Locale, database: &str) -> Vec<Finding> {
     found
 }
 
-fn create_like(source: &Locale, database: &str) -> String {
+/// Without a provider, the new database would take that of its template.
+fn create_like(source: &Locale, target: &Facts) -> String {
     let provider = match (source.provider.as_str(), &source.locale) {
         ("i", Some(locale)) => format!(" LOCALE_PROVIDER icu ICU_LOCALE {}", quote_literal(locale)),
         ("b", Some(locale)) => format!(" LOCALE_PROVIDER builtin BUILTIN_LOCALE {}", quote_literal(locale)),
+        _ if target.major() >= 15 => " LOCALE_PROVIDER libc".to_owned(),
         _ => String::new(),
     };
     format!(
@@ -153,7 +155,7 @@ fn create_like(source: &Locale, database: &str) -> String {
         quote_literal(&source.encoding),
         quote_literal(&source.collate),
         quote_literal(&source.ctype),
-        database = quote_identifier(database),
+        database = quote_identifier(&target.database),
     )
 }
 
@@ -186,13 +188,31 @@ mod tests {
         }
     }
 
+    fn on(major: i32) -> Facts {
+        Facts {
+            version_num: major * 10_000,
+            version: String::new(),
+            user: "app".into(),
+            in_recovery: false,
+            database: "app".into(),
+            superuser: false,
+        }
+    }
+
+    #[test]
+    fn a_new_database_names_its_provider_where_a_server_has_several() {
+        let statement = |major| create_like(&libc("UTF8", "C", "1"), &on(major));
+        assert!(statement(15).ends_with("LC_CTYPE 'C' LOCALE_PROVIDER libc;"), "{}", statement(15));
+        assert!(statement(14).ends_with("LC_CTYPE 'C';"), "{}", statement(14));
+    }
+
     fn codes(findings: &[Finding]) -> Vec<&str> {
         findings.iter().map(|finding| finding.code).collect()
     }
 
     #[test]
     fn another_encoding_blocks_with_a_statement_that_makes_the_same() {
-        let found = compare(&libc("LATIN1", "C", "1"), &libc("UTF8", "C", "1"), "app");
+        let found = compare(&libc("LATIN1", "C", "1"), &libc("UTF8", "C", "1"), &on(15));
         assert_eq!(codes(&found), ["encoding_differs"]);
         let fix = found[0].fix.as_deref().unwrap_or_default();
         assert!(fix.contains("CREATE DATABASE \"app\" TEMPLATE template0 ENCODING 'LATIN1'"), "{fix}");
@@ -200,16 +220,16 @@ mod tests {
 
     #[test]
     fn spellings_of_one_locale_are_equal_and_versions_are_only_mentioned() {
-        let found = compare(&libc("UTF8", "en_US.UTF-8", "2.31"), &libc("UTF8", "en_US.utf8", "2.36"), "app");
+        let found = compare(&libc("UTF8", "en_US.UTF-8", "2.31"), &libc("UTF8", "en_US.utf8", "2.36"), &on(15));
         assert_eq!(codes(&found), ["collation_version_differs"]);
     }
 
     #[test]
     fn another_locale_or_provider_is_a_warning() {
         let icu = Locale { provider: "i".into(), locale: Some("en".into()), ..libc("UTF8", "C", "1") };
-        assert_eq!(codes(&compare(&libc("UTF8", "C", "1"), &icu, "app")), ["locale_differs"]);
+        assert_eq!(codes(&compare(&libc("UTF8", "C", "1"), &icu, &on(15))), ["locale_differs"]);
         assert_eq!(
-            codes(&compare(&libc("UTF8", "C", "1"), &libc("UTF8", "de_DE.UTF-8", "1"), "app")),
+            codes(&compare(&libc("UTF8", "C", "1"), &libc("UTF8", "de_DE.UTF-8", "1"), &on(15))),
             ["locale_differs"]
         );
     }

@@ -1,5 +1,7 @@
 //! Whether each table can be followed: what identifies its old rows.
 
+use std::collections::BTreeSet;
+
 use super::Finding;
 use super::finding::kinds;
 use super::look::Look;
@@ -24,7 +26,9 @@ fn identities() -> String {
                     THEN COALESCE(pg_catalog.pg_stat_get_tuples_updated(c.oid), 0)
                        + COALESCE(pg_catalog.pg_stat_get_tuples_deleted(c.oid), 0) END,
                EXISTS (SELECT FROM pg_catalog.pg_attribute a
-                       WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+                       WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+               EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                       WHERE a.attrelid = c.oid AND a.attgenerated = 'v' AND NOT a.attisdropped)
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         LEFT JOIN pg_catalog.pg_index pk ON pk.indrelid = c.oid AND pk.indisprimary AND pk.indisvalid
@@ -106,6 +110,8 @@ fn identified(relreplident: &str, primary_key_immediate: Option<bool>, has_index
 /// Tables by how their rows are identified.
 #[derive(Default)]
 struct Sorted {
+    /// Those that REPLICA IDENTITY FULL would not help: a virtual column is not published.
+    virtual_columns: BTreeSet<QualifiedName>,
     updated: Vec<QualifiedName>,
     insert_only: Vec<QualifiedName>,
     full: Vec<QualifiedName>,
@@ -120,6 +126,9 @@ pub(super) async fn replica_identity(look: &Look<'_>) -> Result<Vec<Finding>> {
         let changes: Option<i64> = row.try_get(5)?;
         if !row.try_get::<_, bool>(6)? {
             sorted.no_columns.push(name.clone());
+        }
+        if row.try_get(7)? {
+            sorted.virtual_columns.insert(name.clone());
         }
         match how {
             Identified::Well => {}
@@ -144,7 +153,7 @@ fn findings(look: &Look<'_>, sorted: &Sorted) -> Vec<Finding> {
         }
     };
     let full = |names: &[QualifiedName]| {
-        names.iter().map(|t| format!("ALTER TABLE {t} REPLICA IDENTITY FULL;")).collect::<Vec<_>>().join("\n")
+        names.iter().map(|table| give_identity(table, &sorted.virtual_columns)).collect::<Vec<_>>().join("\n")
     };
     let what = |names: &[QualifiedName], rest: &str| format!("{} {rest}", tables(names.len()));
 
@@ -160,6 +169,17 @@ fn findings(look: &Look<'_>, sorted: &Sorted) -> Vec<Finding> {
     );
     say(NO_COLUMNS.on(side, what(&s.no_columns, "without columns")), &s.no_columns);
     found
+}
+
+/// The statement after which the table's updates and deletes can be followed.
+fn give_identity(table: &QualifiedName, virtual_columns: &BTreeSet<QualifiedName>) -> String {
+    if virtual_columns.contains(table) {
+        format!(
+            "ALTER TABLE {table} REPLICA IDENTITY DEFAULT, ADD PRIMARY KEY (…);  -- FULL is refused: a column is virtual"
+        )
+    } else {
+        format!("ALTER TABLE {table} REPLICA IDENTITY FULL;")
+    }
 }
 
 pub(super) async fn identifiers_as_data(look: &Look<'_>) -> Result<Vec<Finding>> {

@@ -236,6 +236,39 @@ async fn connections_are_counted_though_they_are_somebody_elses() {
 }
 
 #[tokio::test]
+async fn a_table_with_a_virtual_column_is_told_to_get_a_key() {
+    let (source, target) = (Cluster::start(18).await, Cluster::start(18).await);
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute("create table t (id int, twice int generated always as (id * 2) virtual); insert into t values (1); update t set id = 2")
+        .await;
+    counted_updates(&from, "t").await;
+
+    let report = check(&from, &to).await;
+
+    let statement = fix(&report, "no_replica_identity");
+    assert!(statement.contains("ADD PRIMARY KEY (…);"), "{statement}");
+    from.execute(&statement.replace('…', "id")).await;
+    assert_eq!(codes(&check(&from, &to).await, "blocking"), [""; 0]);
+}
+
+#[tokio::test]
+async fn the_fix_for_another_locale_makes_the_database_that_was_asked_for() {
+    let source = Cluster::start(15).await;
+    let target =
+        Cluster::builder(18).initdb("--locale-provider=builtin").initdb("--builtin-locale=C.UTF-8").start().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+
+    let report = check(&from, &to).await;
+    let statements = fix(&report, "locale_differs");
+    assert!(statements.contains("LOCALE_PROVIDER libc"), "{}", report.to_text(false));
+
+    for statement in statements.lines() {
+        target.execute(statement).await;
+    }
+    assert_eq!(finding(&check(&from, &to).await, "locale_differs"), None);
+}
+
+#[tokio::test]
 async fn the_client_programs_are_named_or_asked_for() {
     let (source, target) = (Cluster::start(13).await, Cluster::start(13).await);
     let (from, to) = (source.create_database("app").await, target.create_database("app").await);
