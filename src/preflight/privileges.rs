@@ -15,29 +15,31 @@ const PROBE_PUBLICATION: &str = "CREATE PUBLICATION pgtandem_probe";
 const PROBE_SCHEMA: &str = "CREATE SCHEMA pgtandem_probe";
 const PROBE_REPLICATION_ROLE: &str = "SET LOCAL session_replication_role = replica";
 
-/// Publishing a table takes its ownership; these are the tables of somebody else, with their owner.
+/// Publishing a table takes its ownership, and so does the fence's trigger, of a partitioned one as well; these are the tables of somebody else, with their owner.
 fn not_owned() -> String {
     format!(
         r"
         SELECT n.nspname::text, c.relname::text, pg_catalog.pg_get_userbyid(c.relowner)::text
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind = 'r' AND c.relpersistence = 'p'
+        WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p'
           AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE') AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )
 }
 
-/// COPY and pg_dump read every table, LOCK takes a right to write it.
-fn without(privilege: &str, kinds: &str) -> String {
+/// COPY reads every table that writes WAL, pg_dump locks the others as well, LOCK takes a right to write.
+fn without(privilege: &str, which: &str) -> String {
     format!(
         r"
         SELECT n.nspname::text, c.relname::text
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind IN ({kinds}) AND c.relpersistence = 'p' AND NOT ({privilege}) AND {IS_USER_TABLE}
+        WHERE {which} AND NOT ({privilege}) AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )
 }
 
+const READ: &str = "c.relkind IN ('r', 'p', 'S')";
+const LOCKED_BY_THE_FENCE: &str = "c.relkind IN ('r', 'p') AND c.relpersistence = 'p'";
 const MAY_READ: &str = "pg_catalog.has_table_privilege(c.oid, 'SELECT')";
 const MAY_LOCK: &str = "pg_catalog.has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')";
 
@@ -172,7 +174,7 @@ pub(super) async fn ownership(look: &Look<'_>) -> Result<Vec<Finding>> {
 /// Whether everything in scope can be read.
 pub(super) async fn reading(look: &Look<'_>) -> Result<Vec<Finding>> {
     let source = &look.source;
-    let unreadable = look.names_in_scope(source.client.query(&without(MAY_READ, "'r', 'p', 'S'"), &[]).await?)?;
+    let unreadable = look.names_in_scope(source.client.query(&without(MAY_READ, READ), &[]).await?)?;
     let what = format!("{} tables and sequences cannot be read by {}", unreadable.len(), source.facts.user);
     Ok(refused(&NO_SELECT, source, what, "SELECT", &unreadable))
 }
@@ -195,7 +197,7 @@ pub(super) async fn locking(look: &Look<'_>) -> Result<Vec<Finding>> {
         return Ok(Vec::new());
     }
     let source = &look.source;
-    let unlockable = look.names_in_scope(source.client.query(&without(MAY_LOCK, "'r'"), &[]).await?)?;
+    let unlockable = look.names_in_scope(source.client.query(&without(MAY_LOCK, LOCKED_BY_THE_FENCE), &[]).await?)?;
     let what = format!("{} cannot be locked against writes", tables(unlockable.len()));
     Ok(refused(&NO_LOCK_RIGHT, source, what, "UPDATE", &unlockable))
 }

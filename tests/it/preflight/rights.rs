@@ -212,6 +212,26 @@ async fn what_belongs_to_the_database_itself_is_printed_as_statements() {
 }
 
 #[tokio::test]
+async fn partitioned_and_unlogged_tables_of_somebody_else_are_found_too() {
+    let (source, target) = Cluster::pair().await;
+    source.execute(&format!("create role plain login replication password '{PASSWORD}'")).await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(
+        "grant create on database app to plain;
+         create table root (id int primary key) partition by list (id);
+         create table part partition of root for values in (1); alter table part owner to plain;
+         create unlogged table cache (id int primary key)",
+    )
+    .await;
+
+    let report = check(&from.with_user("plain", PASSWORD), &to).await;
+
+    assert_eq!(objects(&report, "not_owner"), ["public.root"], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "no_lock_right"), ["public.root"]);
+    assert_eq!(objects(&report, "no_select"), ["public.cache", "public.root"]);
+}
+
+#[tokio::test]
 async fn connections_are_counted_though_they_are_somebody_elses() {
     let (one, two) = versions_under_test();
     let mut source = Cluster::builder(one).set("max_connections", "20").set("superuser_reserved_connections", "2");
