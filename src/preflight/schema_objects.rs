@@ -88,8 +88,13 @@ kinds! {
     }
     EVENT_TRIGGERS = Warning "event_triggers" {
         what: "the source has event triggers",
-        why: "they are held back until the cutover, and making them takes a superuser on the target",
+        why: "they are held back until the cutover, and making them takes a superuser on the target, or a role that its provider lets",
         fix: "make sure that the target's role may create event triggers, or make them by hand after the cutover",
+    }
+    TARGET_EVENT_TRIGGERS = Warning "target_event_triggers" {
+        what: "the target has event triggers of its own",
+        why: "they fire for every statement of the restored schema, and are never held back: one that refuses or logs statements can stop the move",
+        fix: "ALTER EVENT TRIGGER … DISABLE on the target, and ENABLE after the cutover",
     }
     EVENT_TRIGGERS_LEFT_OUT = Warning "event_triggers_left_out" {
         what: "the target refuses event triggers to its role",
@@ -190,6 +195,7 @@ pub(super) async fn target_event_triggers(look: &Look<'_>) -> Result<Vec<Finding
         .iter()
         .map(|name| format!("ALTER EVENT TRIGGER {} DISABLE;", crate::postgres::quote_identifier(name)))
         .collect::<Vec<_>>();
-    let what = format!("{} event triggers on the target fire for what is restored there", names.len());
-    Ok(about(EVENT_TRIGGERS.on(Side::Target, what).fix(fix.join("\n")), names).into_iter().collect())
+    let what =
+        format!("{} event triggers of the target fire for what is restored there: {}", names.len(), names.join(", "));
+    Ok(about(TARGET_EVENT_TRIGGERS.on(Side::Target, what).fix(fix.join("\n")), names).into_iter().collect())
 }

@@ -256,6 +256,23 @@ async fn connections_are_counted_though_they_are_somebody_elses() {
 }
 
 #[tokio::test]
+async fn event_triggers_of_the_target_have_words_of_their_own() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    let trigger =
+        "create schema audit; create function audit.f() returns event_trigger language plpgsql as 'begin end';
+                   create event trigger \"On DDL\" on ddl_command_end execute function audit.f()";
+    to.execute(trigger).await;
+
+    let report = check(&from, &to).await;
+
+    assert_eq!(finding(&report, "event_triggers"), None, "{}", report.to_text(false));
+    assert_eq!(objects(&report, "target_event_triggers"), ["On DDL"]);
+    to.execute(&fix(&report, "target_event_triggers")).await;
+    assert_eq!(finding(&check(&from, &to).await, "target_event_triggers"), None);
+}
+
+#[tokio::test]
 async fn a_table_with_a_virtual_column_is_told_to_get_a_key() {
     let (source, target) = (Cluster::start(18).await, Cluster::start(18).await);
     let (from, to) = (source.create_database("app").await, target.create_database("app").await);
