@@ -44,8 +44,8 @@ FROM ${RUNTIME_IMAGE} AS runtime
 # pg_dump must not be older than the source, and what it writes must be accepted by the target. So several majors are
 # here, in /usr/lib/postgresql/<major>/bin, and pgtandem chooses for each move, among those that are not older than the
 # source: the target's major, else the nearest older one, else the nearest newer one; 17 and newer only for targets of 17
-# and newer. A newer major is added here. Of those below 17, what is left out takes away targets below 17 that are
-# older than the oldest kept one's sources: keep 16 in any case. `pgtandem check` names the programs that it would use.
+# and newer. A newer major is added here; older ones may be left out, but 16, which serves every target below 17, must
+# stay. `pgtandem check` names the programs that it would use.
 ARG PG_MAJORS="18 17 16 15 14"
 
 COPY --from=pgdg /usr/share/postgresql-common/pgdg/apt.postgresql.org.asc /usr/share/keyrings/apt.postgresql.org.asc

@@ -206,6 +206,7 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "whether it is the source", identity::same(look).await);
     answer(found, side, "its roles", roles::roles(look).await);
     answer(found, side, "schemas of both sides", schemas::existing(look).await);
+    answer(found, side, "grants on the catalog", roles::catalog_grants(look).await);
     answer(found, side, "default privileges", roles::default_privileges(look).await);
     answer(found, side, "whether event triggers can be made", schema_objects::event_triggers(look).await);
     answer(found, side, "its own settings and grants", database::properties(look).await);

@@ -9,7 +9,7 @@ use super::owned::{Owned, of_a_column};
 use super::privileges::text;
 use crate::error::Result;
 use crate::postgres::{QualifiedName, Side, provider, quote_identifier};
-use crate::schema::{DefaultPrivileges, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
+use crate::schema::{DefaultPrivileges, OWNS_CATALOG, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
 
 /// Roles that own something of this database or hold a privilege on it: shared dependencies. The server keeps none on the role
 /// that initdb made; what that one owns, [`Owned`] finds. Left out is what does not travel or travels without its roles:
@@ -38,10 +38,22 @@ fn named() -> String {
               OR i.type = 'schema' AND i.name = 'public' AND r.rolname = ANY ($3)
               OR COALESCE(c.relkind = 'S' AND {}, false)))
           AND NOT COALESCE(i.schema = ANY ($1) OR i.type = 'schema' AND i.name = ANY ($1), false)
-          AND NOT COALESCE(e.extname = ANY ($2), false)",
+          AND NOT COALESCE(e.extname = ANY ($2), false)
+          AND NOT COALESCE(i.schema IN ('pg_catalog', 'information_schema'), false)",
         of_a_column("c.oid")
     )
 }
+
+/// What is granted on the server's own catalog: to whom, on what. Providers' roles are named by their own names: `$1`.
+const GRANTED_ON_CATALOG: &str = r"
+    SELECT r.rolname::text, i.identity, r.rolname = ANY ($1)
+    FROM pg_catalog.pg_shdepend s
+    JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+    CROSS JOIN LATERAL pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
+    WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'a' AND r.rolname !~ '^pg_'
+      AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+      AND i.schema IN ('pg_catalog', 'information_schema')
+    ORDER BY 1, 2";
 
 /// Roles that initdb made and that are granted something by an owner other than them: no shared dependency tells.
 const GRANTED_TO_THE_FIRST_ROLE: &str = r"
@@ -80,6 +92,11 @@ kinds! {
         why: "the restore gives each object to its owner, and then builds indexes on it: it would stop with role_not_granted or insufficient_privilege",
         fix: "GRANT owner TO role on the target (from 16 on WITH INHERIT TRUE, SET TRUE)",
     }
+    CATALOG_GRANTS_LEFT_OUT = Warning "catalog_grants_left_out" {
+        what: "the source has grants on functions or views of the server itself, which the target refuses to its role",
+        why: "only the owner of the server's catalog can make them; they are left out of the move",
+        fix: "GRANT … on the target, as an administrator",
+    }
     DEFAULT_PRIVILEGES_LEFT_OUT = Warning "default_privileges_left_out" {
         what: "the target cannot take default privileges of the source",
         why: "they are for, or grant to, a role that the target lacks or that its role may not act for; they are left out of the move",
@@ -91,7 +108,12 @@ pub(super) async fn roles(look: &Look<'_>) -> Result<Vec<Finding>> {
     let owners = Owned::find(look).await?.owners;
     let mut needed = owners.clone();
     needed.extend(named_by_privileges(look).await?);
-    // Where the target refuses them, they are left out.
+    // Where the target refuses these, they are left out.
+    if look.target.client.query_one(OWNS_CATALOG, &[]).await?.try_get(0)? {
+        for row in look.source.client.query(GRANTED_ON_CATALOG, &[&provider::ROLES.as_slice()]).await? {
+            needed.insert(text(&row, 0)?);
+        }
+    }
     if matches!(look.target.attempt(PROBE_EVENT_TRIGGER).await, Ok(Attempt::Allowed)) {
         needed.extend(look.source.list(EVENT_TRIGGER_OWNERS).await?);
     }
@@ -164,6 +186,24 @@ fn not_member(target: &Place<'_>, strangers: &BTreeMap<String, bool>) -> Option<
 fn grant(target: &Place<'_>, role: &str) -> String {
     let options = if target.facts.major() < 16 { "" } else { " WITH INHERIT TRUE, SET TRUE" };
     format!("GRANT {} TO {}{options};", quote_identifier(role), quote_identifier(&target.facts.user))
+}
+
+/// Grants on the server's own catalog that the restore will leave out; those to a provider's roles are nobody's loss.
+pub(super) async fn catalog_grants(look: &Look<'_>) -> Result<Vec<Finding>> {
+    if look.target.client.query_one(OWNS_CATALOG, &[]).await?.try_get(0)? {
+        return Ok(Vec::new());
+    }
+    let mut objects = Vec::new();
+    for row in look.source.client.query(GRANTED_ON_CATALOG, &[&provider::ROLES.as_slice()]).await? {
+        if !row.try_get::<_, bool>(2)? {
+            objects.push(format!("{} to {}", text(&row, 1)?, text(&row, 0)?));
+        }
+    }
+    if objects.is_empty() {
+        return Ok(Vec::new());
+    }
+    let what = format!("left out: grants on {}", objects.join("; "));
+    Ok(vec![CATALOG_GRANTS_LEFT_OUT.on(Side::Target, what).objects(objects)])
 }
 
 /// Default privileges that the restore will leave out.

@@ -37,6 +37,10 @@ const SCHEMA_OWNER: &str = r"
     SELECT pg_catalog.pg_get_userbyid(n.nspowner)::text, pg_catalog.pg_has_role(n.nspowner, 'USAGE')
     FROM pg_catalog.pg_namespace n WHERE n.nspname = $1";
 
+/// Whether the server's own catalog is ours to grant on.
+pub const OWNS_CATALOG: &str =
+    "SELECT pg_catalog.pg_has_role(nspowner, 'USAGE') FROM pg_catalog.pg_namespace WHERE nspname = 'pg_catalog'";
+
 /// One `ALTER DEFAULT PRIVILEGES` of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DefaultPrivileges {
@@ -152,6 +156,27 @@ pub(super) async fn refused_default_privileges(target: &Session, all: &[DefaultP
 /// Whether the entry is, or hangs on, an event trigger: its comment and its label go where it goes.
 pub(super) fn of_event_trigger(entry: &Entry) -> bool {
     entry.kind == "EVENT TRIGGER" || entry.schema.is_none() && entry.tag.starts_with("EVENT TRIGGER ")
+}
+
+/// Whether the entry grants something on the server's own catalog. Providers do so for roles of theirs, in every database.
+fn is_grant_on_catalog(entry: &Entry) -> bool {
+    entry.kind == "ACL" && matches!(entry.schema.as_deref(), Some("pg_catalog" | "information_schema"))
+}
+
+/// The entries without the grants that only the owner of the server's own catalog can make; those are named in the log.
+pub(super) async fn without_refused_grants<'e>(target: &Session, entries: Vec<&'e Entry>) -> Result<Vec<&'e Entry>> {
+    if !entries.iter().any(|entry| is_grant_on_catalog(entry)) {
+        return Ok(entries);
+    }
+    let row = target.query_one(OWNS_CATALOG, &[]).await.doing(|| "asking who owns the target's catalog")?;
+    if row.try_get(0)? {
+        return Ok(entries);
+    }
+    let (refused, allowed): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| is_grant_on_catalog(entry));
+    for entry in refused {
+        tracing::warn!("left out: grants on {}, which the target refuses to its role", entry.plain());
+    }
+    Ok(allowed)
 }
 
 pub(super) async fn event_triggers_allowed(session: &Session) -> Result<bool> {

@@ -27,7 +27,7 @@ pub mod programs;
 mod restore;
 pub mod toc;
 
-pub use allowed::{DefaultPrivileges, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
+pub use allowed::{DefaultPrivileges, OWNS_CATALOG, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
 pub use data::{DataArchive, Loading};
 pub use dump::{Archive, DumpRequest, dump};
 pub use foreign_keys::ForeignKeys;

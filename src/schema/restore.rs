@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
-use super::allowed::{event_triggers_allowed, give_schema, of_event_trigger, refused_default_privileges};
+use super::allowed::{
+    event_triggers_allowed, give_schema, of_event_trigger, refused_default_privileges, without_refused_grants,
+};
 use super::child::{Child, list_file};
 use super::dump::schema_differs;
 use super::existing::{Existing, invalid_indexes, is_proof};
@@ -78,7 +80,8 @@ impl Restorer<'_> {
                 strangers.insert(format!("SCHEMA {}", schema.tag));
             }
         }
-        let entries: Vec<&Entry> = entries.into_iter().filter(|entry| !takes_ownership(entry, &strangers)).collect();
+        let entries = entries.into_iter().filter(|entry| !takes_ownership(entry, &strangers)).collect();
+        let entries = without_refused_grants(&session, entries).await?;
         if !unfinished {
             match self.restore(&session, &entries, &["--single-transaction".into()]).await {
                 Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,

@@ -313,3 +313,20 @@ async fn the_client_programs_are_named_or_asked_for() {
     let found = finding(&report, "client_programs").expect("the pair is named");
     assert!(found.what.starts_with("pg_dump and pg_restore 1"), "{}", found.what);
 }
+
+#[tokio::test]
+async fn grants_on_the_servers_own_functions_ask_for_no_role_of_a_provider() {
+    let stage = Plain::new(versions_under_test()).await;
+    stage
+        .from
+        .execute("create role rds_superuser; create role reader; grant execute on function pg_stat_reset() to rds_superuser, reader")
+        .await;
+
+    let report = stage.check().await;
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "catalog_grants_left_out"), ["pg_catalog.pg_stat_reset() to reader"]);
+
+    // Who may make them must have the roles.
+    let report = check(&stage.from, &stage.admin).await;
+    assert_eq!(objects(&report, "roles_missing"), ["rds_superuser", "reader"], "{}", report.to_text(false));
+}

@@ -122,3 +122,17 @@ async fn an_event_trigger_that_is_refused_stays_behind_with_its_comment() {
                  FROM pg_trigger WHERE tgname = 'touched'";
     assert_eq!(sides.databases.1.query_string(there).await, "0 kept");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grants_on_the_servers_own_functions_stop_nothing() {
+    let sides = Sides::with(
+        "CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO shop_owner; GRANT SELECT ON t TO shop_reader;
+         CREATE ROLE rds_superuser; GRANT EXECUTE ON FUNCTION pg_stat_reset() TO rds_superuser, shop_reader",
+    )
+    .await;
+    let sides = sides.with_plain_role().await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    sides.restorer(&archive).before_data().await.unwrap();
+    let granted = "SELECT relacl::text FROM pg_class WHERE relname = 't'";
+    assert!(sides.databases.1.query_string(granted).await.contains("shop_reader=r/"), "the others arrive");
+}
