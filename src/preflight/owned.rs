@@ -132,3 +132,14 @@ impl Owned {
         Ok(found)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_question_leaves_out_the_same_schemas() {
+        let list = provider::SCHEMAS.map(crate::postgres::quote_literal).join(", ");
+        assert!(IS_USER_SCHEMA.contains(&list) && EXTENSIONS_SCHEMAS.contains(&list), "{list}");
+    }
+}
