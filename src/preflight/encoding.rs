@@ -47,8 +47,8 @@ kinds! {
     }
     SQL_ASCII = Warning "sql_ascii" {
         what: "the databases are SQL_ASCII",
-        why: "the server does not know what its bytes mean; they are carried as they are, and nothing checks them",
-        fix: "",
+        why: "the server does not know what its bytes mean; the connections of the move are UTF-8, and the target refuses bytes that are not, in the middle of the copy",
+        fix: "be sure that all text is UTF-8, ASCII being part of it",
     }
     LOCALE_DIFFERS = Warning "locale_differs" {
         what: "the databases sort or classify text differently",
