@@ -248,8 +248,7 @@ async fn limit(session: &Session, deadline: Instant) -> Result<()> {
     let millis = (deadline.saturating_duration_since(Instant::now()) + AFTER_DEADLINE).as_millis();
     session
         .batch_execute(&format!(
-            "SET idle_in_transaction_session_timeout = {millis};
-             SELECT pg_catalog.set_config(name, '{millis}', false) FROM pg_catalog.pg_settings
+            "SELECT pg_catalog.set_config(name, '{millis}', false) FROM pg_catalog.pg_settings
                  WHERE name = 'transaction_timeout';
              SET tcp_keepalives_idle = 2; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3"
         ))
@@ -331,16 +330,7 @@ pub(super) async fn lift(source: &Server, move_name: &str, cutover: i64) -> Resu
 async fn end_sealers(session: &Session, application_name: &str) -> Result<()> {
     let began = Instant::now();
     loop {
-        let left = session
-            .query(
-                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-                 WHERE application_name = $1 AND usename = CURRENT_USER AND pid <> pg_catalog.pg_backend_pid()
-                   AND datname = pg_catalog.current_database()",
-                &[&application_name],
-            )
-            .await
-            .doing(|| "ending the sessions of the fence")?;
-        if left.is_empty() {
+        if session.end_others(application_name).await.doing(|| "ending the sessions of the fence")? == 0 {
             return Ok(());
         }
         if began.elapsed() > ENDING {

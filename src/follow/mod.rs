@@ -289,11 +289,11 @@ impl Follow<'_> {
     /// lock does not notice that its client is gone, and each of them would keep the locks of its batch.
     async fn end_earlier(&self, session: &Session) -> Result<()> {
         let ended = session
-            .query(END_EARLIER, &[&self.target.application_name("apply")])
+            .end_others(&self.target.application_name("apply"))
             .await
             .doing(|| "ending the sessions of an earlier batch")?;
-        if !ended.is_empty() {
-            tracing::info!(sessions = ended.len(), "ended what was left of an earlier batch on the target");
+        if ended > 0 {
+            tracing::info!(sessions = ended, "ended what was left of an earlier batch on the target");
         }
         Ok(())
     }
@@ -351,12 +351,6 @@ impl Follow<'_> {
 const END_SESSION: &str = "
     SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
     WHERE pid = $1 AND application_name = $2 AND datname = pg_catalog.current_database()";
-
-/// `$1` application name.
-const END_EARLIER: &str = "
-    SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-    WHERE application_name = $1 AND usename = CURRENT_USER AND pid <> pg_catalog.pg_backend_pid()
-      AND datname = pg_catalog.current_database()";
 
 /// The two ends of a run, ready to go.
 struct Ends {

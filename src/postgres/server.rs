@@ -455,6 +455,23 @@ impl Session {
         self.server.host(self.route)
     }
 
+    /// Ends every other session of this name, role and database on the server; returns how many were told to end.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn end_others(&self, application_name: &str) -> Result<usize> {
+        let ended = self
+            .client
+            .query(
+                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND usename = CURRENT_USER AND pid <> pg_catalog.pg_backend_pid()
+                   AND datname = pg_catalog.current_database()",
+                &[&application_name],
+            )
+            .await?;
+        Ok(ended.len())
+    }
+
     /// A handle that cancels whatever this session is executing, from another task.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
