@@ -1,0 +1,410 @@
+//! One walk through the phases, from where the move stands to its end.
+//!
+//! Each phase begins by asking the state and the servers what is there; none of its steps minds being repeated.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::steer::{Decision, Steering};
+use super::{End, Supervisor, Until, drop_slot};
+use crate::config::CopyMethod;
+use crate::copy::{self, by_hand, cut, publication};
+use crate::error::{Doing, Error, Result};
+use crate::follow::{Follow, unkeyed, watching};
+use crate::postgres::catalog::{self, Table};
+use crate::postgres::{QualifiedName, Session};
+use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
+use crate::state::{Phase, TableState};
+
+/// In bytes of WAL: a busy source is never at exactly zero.
+const NEARLY_NOTHING: u64 = 16 * 1024 * 1024;
+
+/// One walk through the phases; what is expensive to find out is kept from one phase to the next.
+pub(super) struct Walk<'a> {
+    supervisor: &'a Supervisor<'a>,
+    epoch: i64,
+    kit: Option<Kit>,
+}
+
+/// The schema of the source, and what can restore it.
+struct Kit {
+    programs: Programs,
+    archive: Archive,
+    /// Whether our sessions on the target may keep triggers and foreign keys from firing.
+    replica_role: bool,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(supervisor: &'a Supervisor<'a>, epoch: i64) -> Self {
+        Self { supervisor, epoch, kit: None }
+    }
+
+    /// pg_dump and pg_restore, and a fresh dump of the schema: the archive of an earlier start is gone with its container.
+    async fn kit(&mut self) -> Result<&Kit> {
+        let s = self.supervisor;
+        if self.kit.is_none() {
+            let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+            let (from, to) = (major(&source).await?, major(&target).await?);
+            let programs = Programs::find(from, to).await?;
+            s.telemetry.activity("dumping the schema");
+            let request =
+                DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
+            let archive = schema::dump(request).await?;
+            for what in archive.left_out() {
+                tracing::info!("left out: {what}");
+            }
+            let replica_role = schema::can_set_replica_role(&target).await?;
+            self.kit = Some(Kit { programs, archive, replica_role });
+        }
+        self.kit.as_ref().ok_or_else(|| Error::bug("the schema's archive was made and is not there"))
+    }
+
+    fn restorer<'k>(&'k self, kit: &'k Kit) -> Restorer<'k> {
+        let s = self.supervisor;
+        Restorer {
+            target: &s.target,
+            store: &s.store,
+            programs: &kit.programs,
+            archive: &kit.archive,
+            telemetry: &s.telemetry,
+        }
+    }
+
+    async fn tables(&self) -> Result<Vec<Table>> {
+        let s = self.supervisor;
+        let session = s.source.connect("copy").await?;
+        catalog::tables_in_scope(&*session, &s.config.scope).await
+    }
+
+    pub(super) async fn schema(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Schema);
+        self.kit().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let restorer = self.restorer(kit);
+        if !restorer.is_restored().await? {
+            restorer.before_data().await?;
+        }
+        s.enter_phase(Phase::Copy).await?;
+        Ok(None)
+    }
+
+    pub(super) async fn copy(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Copy);
+        // Tables that came to the move later are in no archive and in nobody's copy by hand.
+        if self.nothing_copied().await? {
+            match s.config.copy.method {
+                CopyMethod::Copy => {}
+                CopyMethod::Dump => {
+                    if s.unless_stopped(self.copy_by_dump()).await?.is_none() {
+                        return Ok(Some(End::Stopped));
+                    }
+                }
+                CopyMethod::None => by_hand::accept(&s.store).await?,
+            }
+        }
+        if self.copy_rows().await? == copy::Outcome::Stopped {
+            return Ok(Some(End::Stopped));
+        }
+        if s.unless_stopped(self.complete_tables()).await?.is_none() {
+            return Ok(Some(End::Stopped));
+        }
+        s.enter_phase(Phase::Catchup).await?;
+        Ok((s.options.until == Until::Copy).then_some(End::Reached))
+    }
+
+    /// Keys, indexes and statistics, once the rows are there.
+    async fn complete_tables(&mut self) -> Result<()> {
+        let s = self.supervisor;
+        self.kit().await?;
+        let tables = self.tables().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let restorer = self.restorer(kit);
+        restorer.after_data(s.config.copy.index_workers).await?;
+        copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;
+        restorer.hold_back().await
+    }
+
+    /// Under the move's first cut, or, where some tables were copied before, the rest under a newer one.
+    async fn copy_rows(&self) -> Result<copy::Outcome> {
+        let s = self.supervisor;
+        if self.all_copied().await? {
+            return Ok(copy::Outcome::Complete);
+        }
+        let cancel = s.stop.child_token();
+        if s.unless_stopped(self.publish()).await?.is_none() {
+            return Ok(copy::Outcome::Stopped);
+        }
+        let (exporter, cut) = self.cut(&cancel).await?;
+        let context = copy::Context {
+            source: s.source.clone(),
+            target: s.target.clone(),
+            store: s.store.clone(),
+            epoch: self.epoch,
+            scope: s.config.scope.clone(),
+            settings: s.config.copy.clone(),
+            telemetry: s.telemetry.clone(),
+            cancel,
+        };
+        copy::run(&context, exporter, &cut).await
+    }
+
+    /// What a cut needs on the source before it.
+    async fn publish(&self) -> Result<()> {
+        let s = self.supervisor;
+        let tables = self.tables().await?;
+        let records = s.store.tables().await?;
+        let copied: HashSet<&QualifiedName> =
+            records.iter().filter(|table| table.state == TableState::Copied).map(|table| &table.name).collect();
+        // One that was copied, and is another table of the same name by now: its changes up to here went nowhere, and
+        // publishing it would hide that.
+        let copied: Vec<Table> = tables.iter().filter(|table| copied.contains(&table.name)).cloned().collect();
+        let session = s.source.connect("publication").await?;
+        if let Some(table) = publication::unpublished(&*session, self.publications(), &copied).await?.first() {
+            return Err(watching::unpublished(table));
+        }
+        drop(session);
+        publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
+        unkeyed::remember(&s.source, &s.store, &tables).await
+    }
+
+    async fn cut(
+        &self,
+        cancel: &CancellationToken,
+    ) -> Result<(crate::postgres::replication::Walsender, crate::postgres::replication::Cut)> {
+        let s = self.supervisor;
+        match s.record().await?.slot_lsn {
+            None => cut::first(&s.source, &s.store, &s.telemetry, cancel).await,
+            Some(_) => cut::another(&s.source, &s.store, &s.telemetry, cancel).await,
+        }
+    }
+
+    /// Whether a cut was taken and every table was copied under one.
+    async fn all_copied(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let tables = s.store.tables().await?;
+        Ok(s.record().await?.slot_lsn.is_some()
+            && !tables.is_empty()
+            && tables.iter().all(|table| table.state == TableState::Copied))
+    }
+
+    async fn nothing_copied(&self) -> Result<bool> {
+        Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state != TableState::Copied))
+    }
+
+    /// `copy.method = "dump"`: the archive is complete or made, then restored.
+    async fn copy_by_dump(&mut self) -> Result<()> {
+        self.kit().await?;
+        let s = self.supervisor;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let folder = DataArchive::default_folder(&s.config.name);
+        let record = s.record().await?;
+        let owner = format!("{} of {}", s.config.name, record.source_identity);
+        let mut archive = DataArchive::open(&folder, &s.config.name, &owner)?;
+        let complete = archive.cut()?;
+        if complete.is_none() || complete != record.last_cut_lsn {
+            self.dump_rows(&mut archive, &kit.programs).await?;
+        }
+        s.telemetry.activity(&format!("restoring rows from {}", folder.display()));
+        let (epoch, workers) = (self.epoch, s.config.copy.workers);
+        let loading = Loading { target: &s.target, store: &s.store, programs: &kit.programs, epoch, workers };
+        archive.restore(loading).await
+    }
+
+    async fn dump_rows(&self, archive: &mut DataArchive, programs: &Programs) -> Result<()> {
+        let s = self.supervisor;
+        archive.invalidate()?;
+        self.publish().await?;
+        let (exporter, cut) = self.cut(&s.stop.child_token()).await?;
+        let tables = copy::tables_of_cut(&s.source, &s.config.scope, &s.config.name, &cut).await?;
+        let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
+        s.store.plan_tables(&sizes).await?;
+        let folder = DataArchive::default_folder(&s.config.name);
+        s.telemetry.activity(&format!("dumping rows into {}", folder.display()));
+        let request =
+            DumpRequest { source: &s.source, programs, scope: &s.config.scope, snapshot: Some(&cut.snapshot) };
+        archive.dump(request, cut.lsn, &tables, s.config.copy.workers).await?;
+        exporter.close().await;
+        Ok(())
+    }
+
+    /// Follows until the target is a state that the source once had, then adds the foreign keys, which only such a
+    /// state satisfies. Nothing is applied while they are checked.
+    pub(super) async fn catch_up(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        s.telemetry.phase(Phase::Catchup);
+        if self.take_in_changes().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
+        self.kit().await?;
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let record = s.record().await?;
+        let beyond = record.last_cut_lsn.unwrap_or_default();
+        let stop = s.stop.child_token();
+        let mut durable = s.durable.subscribe();
+        let caught_up = async {
+            loop {
+                let progress = durable.borrow_and_update().lsn;
+                if progress >= beyond && s.telemetry.overview().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        self.follow_while(kit.replica_role, &stop, caught_up).await?;
+        if s.stop.is_cancelled() {
+            return Ok(Some(End::Stopped));
+        }
+        if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
+            return Ok(Some(End::Stopped));
+        }
+        s.enter_phase(Phase::Follow).await?;
+        Ok(None)
+    }
+
+    /// What only a state that the source once had satisfies.
+    async fn complete_constraints(&self, kit: &Kit) -> Result<()> {
+        let s = self.supervisor;
+        let restorer = self.restorer(kit);
+        if kit.replica_role {
+            restorer.foreign_keys(s.config.copy.index_workers).await?;
+        } else {
+            let known = s.store.held_back().await?;
+            let session = s.target.connect("schema").await?;
+            let mut keys = kit.archive.foreign_keys().held_back(&session).await?;
+            keys.retain(|key| !known.contains(&key.what));
+            s.store.hold_back(&keys).await?;
+        }
+        restorer.refresh_materialized_views().await?;
+        s.store.record_constraints_done().await
+    }
+
+    /// Follows, and ends following in an orderly way once `enough` completes or `stop` is cancelled.
+    async fn follow_while(
+        &self,
+        replica_role: bool,
+        stop: &CancellationToken,
+        enough: impl Future<Output = ()>,
+    ) -> Result<()> {
+        let publications = self.publications();
+        let follow = self.follower(replica_role, &publications);
+        let mut following = std::pin::pin!(follow.run(stop));
+        tokio::select! {
+            ended = &mut following => return ended,
+            () = enough => stop.cancel(),
+        }
+        following.await
+    }
+
+    fn publications(&self) -> [String; 2] {
+        let name = &self.supervisor.config.name;
+        [name.publication(), name.insert_publication()]
+    }
+
+    fn follower<'f>(&'f self, replica_role: bool, publications: &'f [String]) -> Follow<'f> {
+        let s = self.supervisor;
+        Follow {
+            config: s.config,
+            source: &s.source,
+            target: &s.target,
+            store: &s.store,
+            epoch: self.epoch,
+            publications,
+            replica_role,
+            durable: &s.durable,
+            marker: &s.marker,
+            gate: &s.gate,
+            telemetry: &s.telemetry,
+        }
+    }
+
+    /// Tables may have come or gone on the source since the last start, and a person may have done the same on the
+    /// target. Returns whether there is one to copy.
+    async fn take_in_changes(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
+        let target: HashSet<QualifiedName> =
+            catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
+        let mut known: HashSet<QualifiedName> = s.store.tables().await?.into_iter().map(|table| table.name).collect();
+        known.retain(|name| !s.config.scope.excludes(name));
+        let mut new = Vec::new();
+        for table in catalog::tables(&*source).await? {
+            if known.remove(&table.name) || !s.config.scope.contains(&table.name, &table.above) {
+                continue;
+            }
+            if !target.contains(&table.name) {
+                return Err(watching::added(&table.name));
+            }
+            new.push((table.name, table.bytes));
+        }
+        for gone in known {
+            if target.contains(&gone) {
+                return Err(watching::dropped(&gone));
+            }
+            tracing::info!(table = %gone.plain(), "neither side has the table any more");
+            s.store.forget_table(&gone).await?;
+        }
+        s.store.plan_tables(&new).await?;
+        Ok(!new.is_empty())
+    }
+
+    pub(super) async fn follow(&mut self) -> Result<Option<End>> {
+        let s = self.supervisor;
+        if self.take_in_changes().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
+        s.enter_phase(Phase::Follow).await?;
+        let session = s.target.connect("control").await?;
+        let replica_role = schema::can_set_replica_role(&session).await?;
+        drop(session);
+        let steering = Steering::new(s, self.epoch);
+        let publications = self.publications();
+        let follow = self.follower(replica_role, &publications);
+        let stop = s.stop.child_token();
+        let decision = steering.beside(follow.run(&stop), &stop).await?;
+        match decision {
+            Decision::Stopped => Ok(Some(End::Stopped)),
+            Decision::Reached => Ok(Some(End::Reached)),
+            Decision::Switched => {
+                self.finish().await?;
+                Ok(Some(End::Done))
+            }
+        }
+    }
+
+    /// After the switch: lets the source forget us, and checks what could not be checked under the fence.
+    pub(super) async fn finish(&mut self) -> Result<()> {
+        let s = self.supervisor;
+        s.enter_phase(Phase::Done).await?;
+        // First, for the source keeps WAL until then. It may be switched off already; its slot goes with it then.
+        if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
+            tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
+        }
+        let session = s.target.connect("control").await?;
+        if !schema::can_set_replica_role(&session).await? {
+            // The definitions are asked of the source, before it may be switched off.
+            match self.kit().await {
+                Ok(kit) => kit.archive.foreign_keys().validate(&s.target, &s.store).await,
+                Err(error) => tracing::warn!(
+                    %error,
+                    "foreign keys that were added at the cutover may not be validated yet, and the source cannot be asked \
+                     which; ALTER TABLE … VALIDATE CONSTRAINT does it"
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn major(session: &Session) -> Result<u32> {
+    let row = session
+        .query_one("SELECT pg_catalog.current_setting('server_version_num')::int4 / 10000", &[])
+        .await
+        .doing(|| "asking for the version")?;
+    Ok(u32::try_from(row.try_get::<_, i32>(0)?).unwrap_or(0))
+}
