@@ -6,10 +6,11 @@
 
 use std::collections::BTreeSet;
 
-use super::{Context, statements};
+use super::Context;
+use super::statements::{self, Emptying};
 use crate::error::{Doing, Result};
 use crate::postgres::catalog::Table;
-use crate::postgres::{Lsn, QualifiedName};
+use crate::postgres::{Lsn, QualifiedName, Session};
 use crate::state::{TableRecord, TableState, copied_sql, fence_sql};
 
 /// `$1` schema, `$2` name.
@@ -37,13 +38,26 @@ pub(super) async fn settle(context: &Context, records: &[TableRecord], shown: &[
         let doing = || format!("letting go of the table {}", name.plain());
         let there = session.query_one(EXISTS, &[&name.schema, &name.name]).await.doing(doing)?.try_get(0)?;
         let began = record.state == TableState::Copying;
-        let empty = if there && began { statements::empty(name) + "; " } else { String::new() };
+        let empty = if there && began { emptying(&session, name).await? + "; " } else { String::new() };
         let copied = copied_sql(move_name, name, cut, 0, 0);
         let fence = fence_sql(move_name, context.epoch);
         session.batch_execute(&format!("BEGIN; {empty}{copied}; {fence}; COMMIT")).await.doing(doing)?;
         tracing::warn!("the table {} is no longer among those that move; it is not copied", name.plain());
     }
     Ok(true)
+}
+
+/// The statement that empties the table.
+async fn emptying(session: &Session, table: &QualifiedName) -> Result<String> {
+    session.batch_execute(statements::REPLICA_ROLE).await.or_else(refusal_is_an_answer)?;
+    let question = format!("SELECT {}", statements::how_to_empty(table));
+    let row = session.query_one(&question, &[]).await.doing(|| format!("looking at table {}", table.plain()))?;
+    Ok(Emptying::of(table, row.try_get(0)?, row.try_get(1)?)?.sql(table))
+}
+
+/// A role that may not say so goes on without.
+fn refusal_is_an_answer(error: tokio_postgres::Error) -> Result<()> {
+    if error.code().is_some() { Ok(()) } else { Err(error.into()) }
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@
 //! needed, and a connection that is lost later ends this run, for its snapshot cannot be had again: the caller takes
 //! another cut and runs the copy again, which leaves finished tables alone.
 
+pub mod again;
 mod analyze;
 mod blockers;
 pub mod by_hand;

@@ -1,5 +1,6 @@
 //! The SQL of the copy, for both sides. No I/O.
 
+use crate::error::{Class, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
@@ -51,22 +52,68 @@ pub(super) fn read(table: &Table, blocks: Option<Blocks>) -> String {
     format!("COPY (SELECT {} FROM ONLY {} WHERE {from}{to}) TO STDOUT", columns(table), table.name)
 }
 
-/// Writes rows into a table. A table that was emptied in the same transaction takes them as frozen, which spares the
+/// Writes rows into a table. A table that was truncated in the same transaction takes them as frozen, which spares the
 /// target a rewrite by autovacuum later.
-pub(super) fn write(table: &Table, emptied: bool) -> String {
-    let freeze = if emptied { " WITH (FREEZE)" } else { "" };
+pub(super) fn write(table: &Table, truncated: bool) -> String {
+    let freeze = if truncated { " WITH (FREEZE)" } else { "" };
     format!("COPY {}{} FROM STDIN{freeze}", table.name, column_list(table))
 }
 
-/// Begins the transaction in which a table of the target is filled from nothing, with nobody else near it, and asks
-/// whether it is empty.
+/// Begins the transaction in which a table of the target is filled from nothing, with nobody else near it. Asks whether it
+/// is empty, and how it can be emptied: see [`how_to_empty`].
 pub(super) fn begin_alone(table: &QualifiedName) -> String {
-    format!("BEGIN; LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE; SELECT NOT EXISTS (SELECT FROM ONLY {table})")
+    format!(
+        "BEGIN; LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE;
+         SELECT NOT EXISTS (SELECT FROM ONLY {table}), {}",
+        how_to_empty(table)
+    )
 }
 
-/// Empties a table of the target.
-pub(super) fn empty(table: &QualifiedName) -> String {
-    format!("TRUNCATE ONLY {table}")
+/// Two expressions: whether a foreign key of another table refers to the table, which makes the server refuse TRUNCATE;
+/// and whether foreign keys do not fire in this session.
+pub(super) fn how_to_empty(table: &QualifiedName) -> String {
+    format!(
+        "EXISTS (SELECT FROM pg_catalog.pg_constraint
+                 WHERE contype = 'f' AND confrelid = {}::pg_catalog.regclass AND conrelid <> confrelid),
+         pg_catalog.current_setting('session_replication_role') = 'replica'",
+        quote_literal(&table.to_string())
+    )
+}
+
+/// How a table of the target is emptied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Emptying {
+    Truncate,
+    /// Row by row, with foreign keys at rest: other tables refer to it, and the rows that they refer to come back.
+    Delete,
+}
+
+impl Emptying {
+    /// # Errors
+    /// Class operator: other tables refer to it, and their foreign keys would fire.
+    pub(super) fn of(table: &QualifiedName, referred_to: bool, at_rest: bool) -> Result<Self> {
+        match (referred_to, at_rest) {
+            (false, _) => Ok(Self::Truncate),
+            (true, true) => Ok(Self::Delete),
+            (true, false) => Err(Error::new(
+                Class::Operator,
+                "table_referred_to",
+                format!("the table {} of the target cannot be emptied: foreign keys of other tables refer to it", table.plain()),
+            )
+            .hint(
+                "the target's role may not keep them from firing. Drop these foreign keys on the target, or let the role set \
+                 session_replication_role, and start again; the move adds the source's foreign keys at the cutover",
+            )),
+        }
+    }
+
+    /// The statement.
+    pub(super) fn sql(self, table: &QualifiedName) -> String {
+        match self {
+            Self::Truncate => format!("TRUNCATE ONLY {table}"),
+            Self::Delete => format!("DELETE FROM ONLY {table}"),
+        }
+    }
 }
 
 /// The columns that are copied: those that each side does not compute itself.

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::plan::Unit;
 use super::pump::{self, Moved};
-use super::{Context, InFlight, Job, blockers, statements};
+use super::statements::{self, Emptying};
+use super::{Context, InFlight, Job, blockers};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::QualifiedName;
 use crate::postgres::replication::Cut;
@@ -69,21 +70,23 @@ impl Worker {
         let Context { source, target, telemetry, .. } = &job.context;
         lock(&mut self.source, source, table, telemetry).await?;
         let whole = unit.blocks.is_none();
-        if whole {
+        let truncated = if whole {
             let pid = self.target.process_id();
             let what = format!("emptying {} on the target", table.table().name.plain());
             blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, table))
                 .await
-                .map_err(pump::explain_schema)?;
+                .map_err(pump::explain_schema)?
+                == Emptying::Truncate
         } else {
             self.target.query("BEGIN").await?;
-        }
+            false
+        };
         // Not before: a table that is recorded as `copying` may be emptied without a look.
         if !table.touched.swap(true, Ordering::Relaxed) {
             telemetry.copy_state(&table.table().name, TableState::Copying);
         }
         let read = statements::read(table.table(), unit.blocks);
-        let write = statements::write(table.table(), whole);
+        let write = statements::write(table.table(), truncated);
         let mut tell = Tell::new(telemetry, table);
         let moved = pump::forward((&mut self.source, &read), (&mut self.target, &write), |more| tell.advanced(more))
             .await
@@ -146,16 +149,21 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
 
 /// Begins the transaction in which a table is filled from nothing. What a table holds that we never touched is not
 /// ours to remove.
-async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<()> {
+async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
     let name = &table.table().name;
     let rows = target.query(&statements::begin_alone(name)).await?;
-    let is_empty = rows.first().and_then(|row| row.first()?.as_deref()) == Some("t");
+    let said = |at: usize| rows.first().and_then(|row| row.get(at)?.as_deref()) == Some("t");
+    let (is_empty, emptying) = (said(0), Emptying::of(name, said(1), said(2)));
     if !is_empty && !table.planned.begun {
         return Err(holds_strange_rows(name));
     }
+    let emptying = match emptying {
+        Err(_) if is_empty => return Ok(Emptying::Delete),
+        other => other?,
+    };
     // Also where it is empty: COPY's FREEZE asks for it.
-    target.query(&statements::empty(name)).await?;
-    Ok(())
+    target.query(&emptying.sql(name)).await?;
+    Ok(emptying)
 }
 
 /// Ends the transaction with the rows; with `copied`, the table is recorded in it.

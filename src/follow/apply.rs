@@ -15,8 +15,8 @@
 //!
 //! # Before the newest cut
 //!
-//! A table that was copied under a cut has every transaction that committed before the cut; [`Plan::cut`] makes the
-//! applier skip exactly those. Until progress has passed the newest cut of all tables, the target is no state that the
+//! A table that was copied under a cut has every transaction that committed before the cut; the applier skips
+//! exactly those. Until progress has passed the newest cut of all tables, the target is no state that the
 //! source ever had; afterwards it always is.
 
 use std::collections::HashMap;
@@ -29,20 +29,18 @@ use tokio_util::sync::CancellationToken;
 use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
 use super::queue::Receiver;
 use super::reader::Delivery;
-use super::relation::{Finder, Plan, read_target};
+use super::relation::{Finder, Plan, target_table, target_table_query};
 use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::config::MissingRow;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
-use crate::postgres::{Lsn, QualifiedName, Session, quote_literal};
+use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::telemetry::{BatchApplied, Telemetry};
 
 /// See the module's first lines.
 pub(super) struct Applier {
     pub settings: Settings,
     pub pipeline: Pipeline,
-    /// For the catalog; opened with the applier, used between statements.
-    pub catalog: Session,
     pub queue: Receiver<Vec<Delivery>>,
     pub durable: watch::Sender<Durable>,
     pub marker: MarkerWatch,
@@ -50,7 +48,8 @@ pub(super) struct Applier {
     pub telemetry: Telemetry,
     /// The commit of the newest transaction that was begun.
     pub reached: watch::Sender<Lsn>,
-    pub relations: HashMap<u32, (Relation, Arc<Plan>)>,
+    /// What the stream announced; the plan is made when the first change needs it.
+    pub relations: HashMap<u32, (Relation, Option<Arc<Plan>>)>,
     pub types: HashMap<u32, QualifiedName>,
     pub generations: u64,
     pub transaction: Option<Position>,
@@ -140,7 +139,7 @@ impl Applier {
             Message::Commit { end_lsn, commit_micros, .. } => {
                 return self.end_transaction(end_lsn, commit_micros).await;
             }
-            Message::Relation(relation) => return self.relation(relation).await,
+            Message::Relation(relation) => self.relation(relation),
             Message::Type { oid, name } => {
                 self.types.insert(oid, name);
             }
@@ -174,35 +173,41 @@ impl Applier {
         if full { self.commit().await } else { Ok(()) }
     }
 
-    async fn relation(&mut self, relation: Relation) -> Result<()> {
-        if let Some((known, _)) = self.relations.get(&relation.oid)
-            && *known == relation
-        {
-            return Ok(());
+    /// The source announces a shape. Whether the target has it is asked when a row needs it: a table whose changes are all
+    /// in its copy already, or that is gone on both sides, needs no place on the target.
+    fn relation(&mut self, relation: Relation) {
+        match self.relations.get(&relation.oid) {
+            Some((known, _)) if *known == relation => {}
+            _ => drop(self.relations.insert(relation.oid, (relation, None))),
         }
-        let target = read_target(&self.catalog, &relation.name).await?;
-        let cut = self.settings.cuts.get(&relation.name).copied();
-        self.generations += 1;
-        let plan = Plan::new(&relation, target.as_ref(), &self.types, cut, self.generations)?;
-        self.relations.insert(relation.oid, (relation, Arc::new(plan)));
-        Ok(())
     }
 
     /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
-    fn change(&self, relation: u32) -> Result<Option<(Arc<Plan>, Position)>> {
+    async fn change(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
         let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
-        let (_, plan) = self
-            .relations
-            .get(&relation)
-            .ok_or_else(|| Error::bug(format!("a change of relation {relation}, which the stream did not describe")))?;
-        Ok(match plan.cut {
-            Some(cut) if at.commit_lsn < cut => None,
-            _ => Some((Arc::clone(plan), at)),
-        })
+        let Some((relation, plan)) = self.relations.get(&oid) else {
+            return Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe")));
+        };
+        if self.settings.cuts.get(&relation.name).is_some_and(|&cut| at.commit_lsn < cut) {
+            return Ok(None);
+        }
+        if let Some(plan) = plan {
+            return Ok(Some((Arc::clone(plan), at)));
+        }
+        let query = target_table_query(&relation.name);
+        let rows = self.pipeline.query(&query).await;
+        let rows = rows.doing(|| format!("reading the shape of table {} on the target", relation.name.plain()))?;
+        let target = target_table(&rows)?;
+        self.generations += 1;
+        let plan = Arc::new(Plan::new(relation, target.as_ref(), &self.types, self.generations)?);
+        if let Some((_, planned)) = self.relations.get_mut(&oid) {
+            *planned = Some(Arc::clone(&plan));
+        }
+        Ok(Some((plan, at)))
     }
 
     async fn insert(&mut self, relation: u32, new: &Tuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
         check_width(&plan, new)?;
         let mut values = Vec::with_capacity(new.len());
         for (column, value) in new.values().enumerate() {
@@ -219,7 +224,7 @@ impl Applier {
     }
 
     async fn update(&mut self, relation: u32, old: Option<&OldTuple>, new: &Tuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
         check_width(&plan, new)?;
         let mut values = Vec::with_capacity(new.len() + 2);
         let mut set = Vec::with_capacity(new.len());
@@ -246,7 +251,7 @@ impl Applier {
     }
 
     async fn delete(&mut self, relation: u32, old: &OldTuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation)? else { return Ok(()) };
+        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
         let old = old.tuple();
         check_width(&plan, old)?;
         let mut values = Vec::with_capacity(old.len());
@@ -265,7 +270,7 @@ impl Applier {
         let mut plans = Vec::with_capacity(relations.len());
         let mut at = None;
         for &relation in relations {
-            if let Some((plan, position)) = self.change(relation)? {
+            if let Some((plan, position)) = self.change(relation).await? {
                 at = Some(position);
                 plans.push(plan);
             }

@@ -148,6 +148,8 @@ pub struct Follow<'a> {
     pub marker: &'a MarkerWatch,
     /// What a cutover keeps following waiting with.
     pub gate: &'a Gate,
+    /// Tables of the move that neither side has any more.
+    pub gone: &'a HashSet<QualifiedName>,
     /// Takes reports.
     pub telemetry: &'a Telemetry,
 }
@@ -248,11 +250,12 @@ impl Follow<'_> {
 
         let catalog = self.target.connect("catalog").await?;
         self.end_earlier(&catalog).await?;
+        drop(catalog);
         let wire = self.apply_connection().await?;
         let backend = wire.process_id();
         let pipeline = pipeline::Pipeline::new(wire);
         let tables = self.store.tables().await?;
-        let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).collect();
+        let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name)).collect();
         let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
         let reader = reader::Reader::new(stream, slot, sender, self.durable.subscribe(), self.telemetry.clone());
@@ -267,7 +270,6 @@ impl Follow<'_> {
                 cuts: apply::cuts(&tables)?,
             },
             pipeline,
-            catalog,
             queue: receiver,
             durable: self.durable.clone(),
             marker: self.marker.clone(),

@@ -11,7 +11,7 @@ use postgres_protocol::message::{backend, frontend};
 
 use super::relation::Plan;
 use crate::error::{Class, Error, Result};
-use crate::postgres::wire::{self, Wire};
+use crate::postgres::wire::{self, TextRow, Wire};
 use crate::postgres::{Lsn, QualifiedName};
 
 /// Statements are sent once they make up this much, in bytes.
@@ -153,6 +153,13 @@ impl Pipeline {
     pub(super) async fn settle(&mut self) -> Result<()> {
         self.send().await?;
         self.answers(self.pending.len()).await
+    }
+
+    /// Reads every answer, then runs statements by the simple protocol, inside the transaction if one is open; the rows of
+    /// the last one that has any.
+    pub(super) async fn query(&mut self, sql: &str) -> Result<Vec<TextRow>> {
+        self.settle().await?;
+        self.wire.query(sql).await
     }
 
     /// Ends the transaction: COMMIT, and the word that it is durable.

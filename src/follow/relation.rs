@@ -6,9 +6,10 @@
 
 use std::collections::HashMap;
 
-use crate::error::{Class, Doing, Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::postgres::pgoutput::Relation;
-use crate::postgres::{Lsn, QualifiedName, Session, quote_identifier};
+use crate::postgres::wire::TextRow;
+use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
 /// Types below this oid have the same oid everywhere (`FirstGenbkiObjectId`). From here up to 16383 oids are given out by
 /// initdb, and differ between versions (the domains of `information_schema`); the stream names every type from here on.
@@ -69,29 +70,35 @@ const TARGET_TABLE: &str = r"
     WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p')
     ORDER BY a.attnum";
 
-/// Reads the table from the target's catalog; `None` if there is none of that name.
-pub(super) async fn read_target(session: &Session, name: &QualifiedName) -> Result<Option<TargetTable>> {
-    let rows = session
-        .query(TARGET_TABLE, &[&name.schema, &name.name])
-        .await
-        .doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
+/// Asks for the table in the target's catalog; [`target_table`] reads the answer.
+pub(super) fn target_table_query(name: &QualifiedName) -> String {
+    TARGET_TABLE.replace("$1", &quote_literal(&name.schema)).replace("$2", &quote_literal(&name.name))
+}
+
+/// The table that the rows tell of; `None` if there is none of that name.
+pub(super) fn target_table(rows: &[TextRow]) -> Result<Option<TargetTable>> {
     let Some(first) = rows.first() else { return Ok(None) };
-    let partitioned = first.try_get(0)?;
+    let text = |row: &TextRow, at: usize| row.get(at).cloned().flatten();
+    let needed = |row: &TextRow, at: usize| text(row, at).ok_or_else(|| Error::bug("the catalog's answer has a gap"));
+    let number = |row: &TextRow, at: usize| -> Result<i64> {
+        needed(row, at)?.parse().map_err(|_| Error::bug("the catalog's answer holds no number"))
+    };
+    let flag = |row: &TextRow, at: usize| text(row, at).as_deref() == Some("t");
     let mut columns = Vec::with_capacity(rows.len());
-    for row in &rows {
+    for row in rows {
         // A table without columns is one row of NULLs.
-        let Some(name) = row.try_get::<_, Option<String>>(1)? else { continue };
+        let Some(name) = text(row, 1) else { continue };
         columns.push(TargetColumn {
             name,
-            type_oid: row.try_get(2)?,
-            type_name: QualifiedName { schema: row.try_get(3)?, name: row.try_get(4)? },
-            type_modifier: row.try_get(5)?,
-            generated: row.try_get(6)?,
-            primary_key: row.try_get(7)?,
-            equality: row.try_get(8)?,
+            type_oid: u32::try_from(number(row, 2)?).unwrap_or_default(),
+            type_name: QualifiedName { schema: needed(row, 3)?, name: needed(row, 4)? },
+            type_modifier: i32::try_from(number(row, 5)?).unwrap_or(-1),
+            generated: flag(row, 6),
+            primary_key: flag(row, 7),
+            equality: text(row, 8),
         });
     }
-    Ok(Some(TargetTable { partitioned, columns }))
+    Ok(Some(TargetTable { partitioned: flag(first, 0), columns }))
 }
 
 /// How a row of the relation is found on the target.
@@ -111,8 +118,6 @@ pub(super) struct Plan {
     /// Tells this shape of the relation from an earlier one, in the names of prepared statements.
     pub generation: u64,
     pub name: QualifiedName,
-    /// Changes of transactions that committed before this are in the copy already.
-    pub cut: Option<Lsn>,
     pub finder: Finder,
     columns: Vec<PlannedColumn>,
     partitioned: bool,
@@ -139,7 +144,6 @@ impl Plan {
         relation: &Relation,
         target: Option<&TargetTable>,
         types: &HashMap<u32, QualifiedName>,
-        cut: Option<Lsn>,
         generation: u64,
     ) -> Result<Self> {
         let table = relation.name.plain();
@@ -171,7 +175,6 @@ impl Plan {
         Ok(Self {
             generation,
             name: relation.name.clone(),
-            cut,
             finder: finder(relation, target),
             columns,
             partitioned: target.partitioned,
@@ -353,7 +356,7 @@ mod tests {
     }
 
     fn plan(relation: &Relation, target: &TargetTable) -> Result<Plan> {
-        Plan::new(relation, Some(target), &HashMap::new(), None, 0)
+        Plan::new(relation, Some(target), &HashMap::new(), 0)
     }
 
     #[test]
@@ -408,7 +411,7 @@ mod tests {
         let mut other = target(&[("id", 23, true, false), ("v", 14_200, false, false)]);
         other.columns[1].type_name = QualifiedName::new("pg_catalog", "name");
         let named = |name| HashMap::from([(13_300, QualifiedName::new("pg_catalog", name))]);
-        let with = |target: &TargetTable, name| Plan::new(&source, Some(target), &named(name), None, 0);
+        let with = |target: &TargetTable, name| Plan::new(&source, Some(target), &named(name), 0);
         assert!(with(&other, "name").is_ok());
         assert_eq!(with(&other, "text").unwrap_err().code(), "shape_differs");
         other.columns[1].type_modifier = 14;
@@ -430,7 +433,7 @@ mod tests {
         assert_eq!((missing.code(), missing.class()), ("shape_differs", Class::Operator));
         let other = plan(&source, &target(&[("id", 20, true, false), ("v", 25, false, false)])).unwrap_err();
         assert_eq!(other.code(), "shape_differs");
-        let gone = Plan::new(&source, None, &HashMap::new(), None, 0).unwrap_err();
+        let gone = Plan::new(&source, None, &HashMap::new(), 0).unwrap_err();
         assert_eq!(gone.code(), "table_missing");
     }
 }

@@ -88,6 +88,14 @@ async fn look(
     }
 }
 
+/// Whether the error says that both sides have different tables or shapes because the source's schema changed.
+pub(crate) fn is_schema_change(error: &Error) -> bool {
+    matches!(
+        error.code(),
+        "shape_differs" | "table_added" | "table_dropped" | "table_missing" | "table_not_published" | "ddl_refused"
+    )
+}
+
 /// A table in scope that the move does not know.
 pub(crate) fn added(table: &QualifiedName) -> Error {
     let message = format!("the source has a new table, {}, which the move does not know", table.plain());
@@ -106,7 +114,10 @@ pub(crate) fn dropped(table: &QualifiedName) -> Error {
 pub(crate) fn unpublished(table: &QualifiedName) -> Error {
     let message = format!("the changes of table {} are not published any more", table.plain());
     Error::new(Class::Operator, "table_not_published", message).hint(
-        "it was dropped and made again, or someone altered the publication: changes are missing. Run `pgtandem clean`, \
-         empty the target and begin the move again",
+        format!(
+            "it was dropped and made again, or someone altered the publication: changes are missing. See that the target's \
+             table has the same shape, then `pgtandem resync {}` copies it again",
+            table.plain()
+        ),
     )
 }

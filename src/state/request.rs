@@ -13,15 +13,18 @@ pub enum RequestKind {
     Cutover,
     /// `{"tables": ["schema.name", …]}`
     Verify,
+    /// `{"tables": [["schema", "name"], …]}`
+    Resync,
 }
 
 impl RequestKind {
-    const ALL: [Self; 2] = [Self::Cutover, Self::Verify];
+    const ALL: [Self; 3] = [Self::Cutover, Self::Verify, Self::Resync];
 
     const fn as_str(self) -> &'static str {
         match self {
             Self::Cutover => "cutover",
             Self::Verify => "verify",
+            Self::Resync => "resync",
         }
     }
 

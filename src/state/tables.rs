@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
-use super::{Store, lsn, unknown_word};
+use super::{Store, lsn, only_the_leader, unknown_word};
 use crate::error::{Doing, Error, Result};
 use crate::postgres::{Lsn, QualifiedName, quote_literal};
 
@@ -110,6 +110,26 @@ impl Store {
         .doing(|| "recording the tables as copied")
     }
 
+    /// These tables are copied again by the next walk through the phases, under a new cut. What the target holds of them was
+    /// written by the move, so it is thrown away then. One that was not copied yet keeps its state.
+    ///
+    /// # Errors
+    /// The connection's; class retry if the move is not of this epoch any more.
+    pub async fn copy_again(&self, epoch: i64, tables: &[QualifiedName]) -> Result<()> {
+        let name = quote_literal(self.name.as_str());
+        let mut sql = String::from("BEGIN");
+        for table in tables {
+            sql.push_str(&format!(
+                "; UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0
+                 WHERE move = {name} AND schema_name = {} AND table_name = {} AND state = 'copied'",
+                quote_literal(&table.schema),
+                quote_literal(&table.name)
+            ));
+        }
+        sql.push_str(&format!("; {}; COMMIT", fence_sql(self.name.as_str(), epoch)));
+        self.execute(&sql).await.map_err(only_the_leader).doing(|| "asking for tables to be copied again")
+    }
+
     /// Adds the tables that are not known yet, as pending. Known ones keep their state.
     ///
     /// `tables` is name and size in bytes.
@@ -138,6 +158,16 @@ impl Store {
             values.push_str(&format!("{comma}({name}, {schema}, {table}, {number})"));
         }
         values
+    }
+
+    /// Neither side has the table at `lsn`: changes of it that committed before are skipped, and nothing of it is copied.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn record_gone(&self, table: &QualifiedName, lsn: Lsn) -> Result<()> {
+        self.execute(&copied_sql(self.name.as_str(), table, lsn, 0, 0))
+            .await
+            .doing(|| format!("letting go of table {}", table.plain()))
     }
 
     /// Forgets a table that neither side has any more.

@@ -15,10 +15,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, Ddl};
 use crate::cutover::{self, Recovered, error_json};
 use crate::error::{Class, Error, Result};
-use crate::follow::{Durable, Gate, MarkerWatch};
+use crate::follow::{Durable, Gate, MarkerWatch, watching};
 use crate::postgres::{Server, Side};
 use crate::preflight;
 use crate::state::{Leadership, MoveRecord, Phase, Store};
@@ -165,6 +165,7 @@ impl Supervisor<'_> {
             if self.stop.is_cancelled() {
                 return Ok(());
             }
+            let error = self.wait_for_the_schema(error);
             self.telemetry.error(&error);
             self.telemetry.standing_error(Some(&error));
             if !matches!(error.class(), Class::Retry | Class::Wait) {
@@ -174,12 +175,24 @@ impl Supervisor<'_> {
             if began.elapsed() > LONGEST_WAIT {
                 wait = FIRST_WAIT;
             }
-            tracing::warn!(code = error.code(), "{error}; trying again in {wait:?}");
+            let hint = error.hint_text().map(|hint| format!(" ({hint})")).unwrap_or_default();
+            tracing::warn!(code = error.code(), "{error}{hint}; trying again in {wait:?}");
+            let error = if error.class() == Class::Wait { self.remember(error).await } else { error };
+            if watching::is_schema_change(&error) {
+                self.telemetry.phase(Phase::Paused);
+            }
             if self.stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
                 return Ok(());
             }
             wait = (wait * 2).min(LONGEST_WAIT);
         }
+    }
+
+    /// Under `follow.ddl = "replicate"` a schema change that is not carried is waited for: a person makes it on the target, or
+    /// copies the table again, while the daemon looks again and again.
+    fn wait_for_the_schema(&self, error: Error) -> Error {
+        let waits = self.config.follow.ddl == Ddl::Replicate && watching::is_schema_change(&error);
+        if waits { error.reclassed(Class::Wait) } else { error }
     }
 
     /// Keeps the error for `status`, if the target still takes it.

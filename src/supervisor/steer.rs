@@ -10,7 +10,7 @@ use super::{Supervisor, Until};
 use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::lookout;
-use crate::postgres::Session;
+use crate::postgres::{QualifiedName, Session};
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
@@ -29,6 +29,8 @@ pub(super) enum Decision {
     Reached,
     /// The application is on the target.
     Switched,
+    /// There are tables to copy.
+    CopyAgain,
 }
 
 /// See the module's first line.
@@ -122,8 +124,8 @@ impl<'a> Steering<'a> {
                 listener = Some(s.store.listen().await?);
             }
             while let Some(request) = s.store.take_request(self.epoch).await? {
-                if self.serve(&request).await? {
-                    return Ok(Decision::Switched);
+                if let Some(decision) = self.serve(&request).await? {
+                    return Ok(decision);
                 }
                 if self.alone.is_cancelled() {
                     return Ok(Decision::Stopped);
@@ -138,8 +140,8 @@ impl<'a> Steering<'a> {
         }
     }
 
-    /// Answers a request; true once switched over.
-    async fn serve(&self, request: &Request) -> Result<bool> {
+    /// Answers a request; what it decided, if following ends with it.
+    async fn serve(&self, request: &Request) -> Result<Option<Decision>> {
         let s = self.supervisor;
         match request.kind {
             RequestKind::Cutover => {
@@ -154,7 +156,7 @@ impl<'a> Steering<'a> {
                         Err(error) => refusal(error),
                     };
                     s.store.answer(request.id, rehearsed.is_ok(), &answer).await?;
-                    return Ok(false);
+                    return Ok(None);
                 }
                 match self.cut_over(Some(request.id), timeout).await {
                     Ok(pause) => {
@@ -163,11 +165,11 @@ impl<'a> Steering<'a> {
                         if let Err(error) = s.store.answer(request.id, true, &answer).await {
                             tracing::warn!(%error, "the request could not be answered");
                         }
-                        Ok(true)
+                        Ok(Some(Decision::Switched))
                     }
                     Err(error) if error.class() == Class::No => {
                         s.store.answer(request.id, false, &refusal(&error)).await?;
-                        Ok(false)
+                        Ok(None)
                     }
                     Err(error) => Err(error),
                 }
@@ -179,7 +181,15 @@ impl<'a> Steering<'a> {
                     "verifying while following is not available in this version",
                 );
                 s.store.answer(request.id, false, &refusal(&error)).await?;
-                Ok(false)
+                Ok(None)
+            }
+            RequestKind::Resync => {
+                let tables = named_tables(&request.arguments);
+                let names: Vec<String> = tables.iter().map(QualifiedName::plain).collect();
+                tracing::info!(tables = names.join(", "), "asked to copy tables again");
+                s.store.copy_again(self.epoch, &tables).await?;
+                s.store.answer(request.id, true, &serde_json::json!({"tables": names})).await?;
+                Ok(Some(Decision::CopyAgain))
             }
         }
     }
@@ -221,4 +231,11 @@ impl<'a> Steering<'a> {
             }
         }
     }
+}
+
+/// `{"tables": [["schema", "name"], …]}`
+fn named_tables(arguments: &serde_json::Value) -> Vec<QualifiedName> {
+    let pairs = arguments.get("tables").and_then(serde_json::Value::as_array).map_or(&[][..], Vec::as_slice);
+    let text = |pair: &serde_json::Value, at: usize| pair.get(at).and_then(serde_json::Value::as_str).map(str::to_owned);
+    pairs.iter().filter_map(|pair| Some(QualifiedName { schema: text(pair, 0)?, name: text(pair, 1)? })).collect()
 }

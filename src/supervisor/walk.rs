@@ -14,7 +14,8 @@ use crate::copy::{self, by_hand, cut, publication};
 use crate::error::{Doing, Error, Result};
 use crate::follow::{Follow, unkeyed, watching};
 use crate::postgres::catalog::{self, Table};
-use crate::postgres::{QualifiedName, Session};
+use crate::postgres::lsn::InvalidLsn;
+use crate::postgres::{Lsn, QualifiedName, Session};
 use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
 
@@ -26,6 +27,8 @@ pub(super) struct Walk<'a> {
     supervisor: &'a Supervisor<'a>,
     epoch: i64,
     kit: Option<Kit>,
+    /// Tables of the move that neither side has any more, while the stream may still bring changes of them.
+    gone: HashSet<QualifiedName>,
 }
 
 /// The schema of the source, and what can restore it.
@@ -38,7 +41,7 @@ struct Kit {
 
 impl<'a> Walk<'a> {
     pub(super) fn new(supervisor: &'a Supervisor<'a>, epoch: i64) -> Self {
-        Self { supervisor, epoch, kit: None }
+        Self { supervisor, epoch, kit: None, gone: HashSet::new() }
     }
 
     /// pg_dump and pg_restore, and a fresh dump of the schema: the archive of an earlier start is gone with its container.
@@ -191,6 +194,10 @@ impl<'a> Walk<'a> {
             && tables.iter().all(|table| table.state == TableState::Copied))
     }
 
+    async fn nothing_to_copy(&self) -> Result<bool> {
+        Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state == TableState::Copied))
+    }
+
     async fn nothing_copied(&self) -> Result<bool> {
         Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state != TableState::Copied))
     }
@@ -318,15 +325,19 @@ impl<'a> Walk<'a> {
             durable: &s.durable,
             marker: &s.marker,
             gate: &s.gate,
+            gone: &self.gone,
             telemetry: &s.telemetry,
         }
     }
 
     /// Tables may have come or gone on the source since the last start, and a person may have done the same on the
-    /// target. Returns whether there is one to copy.
-    async fn take_in_changes(&self) -> Result<bool> {
+    /// target; and a person may have asked for some to be copied again. Returns whether there is one to copy.
+    async fn take_in_changes(&mut self) -> Result<bool> {
         let s = self.supervisor;
         let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
+        self.gone.clear();
+        let head = head(&source).await?;
+        let progress = s.store.progress().await?.lsn;
         let target: HashSet<QualifiedName> =
             catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
         let mut known: HashSet<QualifiedName> = s.store.tables().await?.into_iter().map(|table| table.name).collect();
@@ -346,10 +357,16 @@ impl<'a> Walk<'a> {
                 return Err(watching::dropped(&gone));
             }
             tracing::info!(table = %gone.plain(), "neither side has the table any more");
-            s.store.forget_table(&gone).await?;
+            if progress < head {
+                // What the stream still brings of it came before this moment, and has no place any more.
+                s.store.record_gone(&gone, head).await?;
+                self.gone.insert(gone);
+            } else {
+                s.store.forget_table(&gone).await?;
+            }
         }
         s.store.plan_tables(&new).await?;
-        Ok(!new.is_empty())
+        Ok(!self.nothing_to_copy().await?)
     }
 
     pub(super) async fn follow(&mut self) -> Result<Option<End>> {
@@ -370,6 +387,10 @@ impl<'a> Walk<'a> {
         match decision {
             Decision::Stopped => Ok(Some(End::Stopped)),
             Decision::Reached => Ok(Some(End::Reached)),
+            Decision::CopyAgain => {
+                s.enter_phase(Phase::Copy).await?;
+                Ok(None)
+            }
             Decision::Switched => {
                 self.finish().await?;
                 Ok(Some(End::Done))
@@ -399,6 +420,15 @@ impl<'a> Walk<'a> {
         }
         Ok(())
     }
+}
+
+/// Where the source's log ends.
+async fn head(session: &Session) -> Result<Lsn> {
+    let row = session
+        .query_one("SELECT pg_catalog.pg_current_wal_lsn()::text", &[])
+        .await
+        .doing(|| "asking for the end of the source's log")?;
+    row.try_get::<_, &str>(0)?.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))
 }
 
 async fn major(session: &Session) -> Result<u32> {
