@@ -147,6 +147,14 @@ impl Error {
         self
     }
 
+    /// The same under another class and code: what a server says means something else where it is said.
+    #[must_use]
+    pub fn recoded(mut self, class: Class, code: &'static str) -> Self {
+        self.0.class = class;
+        self.0.code = code;
+        self
+    }
+
     /// Who can do something about it.
     #[must_use]
     pub fn class(&self) -> Class {

@@ -8,6 +8,7 @@ use std::io::{IsTerminal as _, Write as _};
 use crate::config::{Config, MoveName};
 use crate::cutover::fence;
 use crate::error::{Class, Doing as _, Error, Result};
+use crate::follow::ddl::capture::Capture;
 use crate::postgres::{Server, Side, quote_identifier};
 use crate::state::{MoveRecord, Phase, Store};
 use crate::supervisor;
@@ -175,6 +176,11 @@ async fn clean_source(source: &Server, name: &MoveName, left: &Left) -> Result<(
     if left.slot.is_some() {
         say(&format!("source: removed the slot {}", name.slot()))?;
     }
+    let session = source.connect("clean").await?;
+    if Capture::of(name).remove(&session).await? {
+        say("source: removed the capture of schema changes")?;
+    }
+    drop(session);
     fence::remove(source, name.as_str()).await?;
     match left.fence {
         Some(true) => say("source: removed the fence; writes are let in again")?,

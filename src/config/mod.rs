@@ -136,6 +136,13 @@ impl TablePattern {
         Ok(Self { schema: schema.to_owned(), table: table.to_owned() })
     }
 
+    /// Both halves as patterns of SQL's LIKE.
+    #[must_use]
+    pub fn as_like(&self) -> [String; 2] {
+        let like = |half: &str| half.replace('\\', "\\\\").replace('%', "\\%").replace('_', "\\_").replace('*', "%");
+        [like(&self.schema), like(&self.table)]
+    }
+
     /// Whether both halves match.
     #[must_use]
     pub fn matches(&self, schema: &str, table: &str) -> bool {

@@ -39,7 +39,7 @@ pub mod pump;
 mod statements;
 mod worker;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -78,6 +78,8 @@ pub struct Context {
     pub settings: config::Copy,
     /// Hears how far it is.
     pub telemetry: Telemetry,
+    /// Schema changes come with the stream.
+    pub captured: bool,
     /// Stops it between two gulps.
     pub cancel: CancellationToken,
 }
@@ -147,9 +149,12 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
 /// Reads the catalog as the cut shows it, makes the plan and writes it down.
 async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
     let session = context.source.connect("copy").await?;
-    let tables = shown(&session, &context.scope, context.store.name(), cut).await?;
+    let copied = context.store.tables().await?.into_iter().filter(|table| table.state == TableState::Copied);
+    let copied = copied.map(|table| table.name).collect();
+    let tables = shown(&session, &context.scope, context.store.name(), cut, &copied).await?;
     let splitting = splitting(&session, &context.settings).await?;
     session.batch_execute("COMMIT").await?;
+    let tables = without_those_to_come(context, tables).await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
     context.store.plan_tables(&sizes).await?;
     let mut records = context.store.tables().await?;
@@ -163,29 +168,48 @@ async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
     Ok(plan::plan(tables, &records, splitting))
 }
 
+/// Under a later cut: a table that the move does not know and the target does not have was made since the first one. Where schema
+/// changes come with the stream, it will come with its rows.
+async fn without_those_to_come(context: &Context, mut tables: Vec<Table>) -> Result<Vec<Table>> {
+    let known: HashSet<QualifiedName> = context.store.tables().await?.into_iter().map(|table| table.name).collect();
+    if !context.captured || known.is_empty() {
+        return Ok(tables);
+    }
+    let target = context.target.connect("copy").await?;
+    let there: HashSet<QualifiedName> = catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
+    tables.retain(|table| known.contains(&table.name) || there.contains(&table.name));
+    Ok(tables)
+}
+
 /// The tables in scope as a cut shows them, each of them published since before it.
 ///
 /// # Errors
 /// Class retry: one was made while the cut was taken; under another one it is in place.
 pub async fn tables_of_cut(source: &Server, scope: &Scope, name: &MoveName, cut: &Cut) -> Result<Vec<Table>> {
     let session = source.connect("copy").await?;
-    let tables = shown(&session, scope, name, cut).await?;
+    let tables = shown(&session, scope, name, cut, &HashSet::new()).await?;
     session.batch_execute("COMMIT").await?;
     Ok(tables)
 }
 
-/// As [`tables_of_cut`]; the session stays in the transaction that sees the cut.
-async fn shown(session: &Session, scope: &Scope, name: &MoveName, cut: &Cut) -> Result<Vec<Table>> {
+/// As [`tables_of_cut`], but for those that are copied already; the session stays in the transaction that sees the cut.
+async fn shown(
+    session: &Session,
+    scope: &Scope,
+    name: &MoveName,
+    cut: &Cut,
+    copied: &HashSet<QualifiedName>,
+) -> Result<Vec<Table>> {
     session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
     let tables = catalog::tables_in_scope(&**session, scope).await?;
     let unpublished =
         publication::unpublished(&**session, [name.publication(), name.insert_publication()], &tables).await?;
-    match unpublished.first() {
+    match unpublished.iter().find(|table| !copied.contains(table)) {
         None => Ok(tables),
         Some(table) => Err(Error::new(
             Class::Retry,
-            "table_not_published",
-            format!("the table {} was made while the cut was taken; it is published next time", table.plain()),
+            "table_made_meanwhile",
+            format!("the table {} came or went while the cut was taken; another one is taken", table.plain()),
         )),
     }
 }

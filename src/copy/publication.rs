@@ -14,6 +14,7 @@ use tokio_postgres::GenericClient;
 
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
+use crate::follow::ddl::capture::Capture;
 use crate::postgres::catalog::{IS_USER_TABLE, ReplicaIdentity, Table};
 use crate::postgres::{QualifiedName, Server, Session, quote_identifier};
 use crate::telemetry::Telemetry;
@@ -62,7 +63,16 @@ pub async fn ensure(source: &Server, config: &Config, tables: &[Table], telemetr
     let session = source.connect("publication").await?;
     session.batch_execute(LOCK_TIMEOUT).await?;
     let roots = roots(&*session).await?;
-    let wanted = members(tables, &roots, |root| config.scope.contains(root, &[]));
+    let mut wanted = members(tables, &roots, |root| config.scope.contains(root, &[]));
+    let capture = Capture::of(&config.name).table();
+    if session
+        .query_one("SELECT pg_catalog.to_regclass($1) IS NOT NULL", &[&capture.to_string()])
+        .await
+        .doing(|| "looking for the capture of schema changes")?
+        .try_get(0)?
+    {
+        wanted.inserts.insert(capture);
+    }
     let full = Publication { name: config.name.publication(), publish: FULL, members: wanted.full };
     let inserts = Publication { name: config.name.insert_publication(), publish: INSERTS, members: wanted.inserts };
     bring_about(source, &session, [&full, &inserts], telemetry)
@@ -126,6 +136,8 @@ async fn bring_about(
                             .reclassed(Class::Wait)
                             .hint("a vacuum, an index build or a schema change holds one of the tables; see the log"));
                     }
+                    // A table was renamed or dropped since the catalog was read.
+                    Some("42P01" | "3F000") => return Err(error.reclassed(Class::Retry)),
                     Some("42501") => {
                         return Err(error.hint(
                             "the source's role needs CREATE on the database and must own the tables: \

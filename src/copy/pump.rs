@@ -180,8 +180,8 @@ pub(super) fn explain_schema(error: Error) -> Error {
     match error.sqlstate() {
         // Undefined table, column, object, schema; a column that is generated here.
         Some("42P01" | "42703" | "42704" | "3F000" | "42P10" | "428C9") => error
-            .reclassed(Class::Operator)
-            .hint("the table's shape changed since the schema was moved, or differs between the sides; bring the target's table to the source's shape and start again"),
+            .recoded(Class::Operator, "shape_differs")
+            .hint("the table's shape changed since the schema was moved, or differs between the sides: bring the target's table to the source's shape"),
         _ => error,
     }
 }

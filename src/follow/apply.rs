@@ -26,21 +26,27 @@ use std::time::Instant;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::ddl::{Moved, SchemaChanges};
 use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
 use super::queue::Receiver;
 use super::reader::Delivery;
 use super::relation::{Finder, Plan, target_table, target_table_query};
-use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
+use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings, TABLES_TO_COPY};
 use crate::config::MissingRow;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
 use crate::postgres::{Lsn, QualifiedName, quote_literal};
+use crate::state::Store;
 use crate::telemetry::{BatchApplied, Telemetry};
 
 /// See the module's first lines.
 pub(super) struct Applier {
     pub settings: Settings,
     pub pipeline: Pipeline,
+    /// To say what became of a schema change whose batch is given up.
+    pub store: Store,
+    pub schema: SchemaChanges,
+    pub moved: Moved,
     pub queue: Receiver<Vec<Delivery>>,
     pub durable: watch::Sender<Durable>,
     pub marker: MarkerWatch,
@@ -89,6 +95,9 @@ impl Applier {
                 received = self.queue.receive() => match received {
                     Some((chunk, weight)) => {
                         for delivery in chunk {
+                            if self.is_the_end(&delivery) {
+                                return self.finish().await;
+                            }
                             if self.is_between() && !self.gate.is_open() {
                                 tokio::select! {
                                     biased;
@@ -105,6 +114,15 @@ impl Applier {
                 () = wait_until(idle_due) => self.write_idle().await?,
             }
         }
+    }
+
+    /// Everything that committed before [`Settings::until`] was delivered.
+    fn is_the_end(&self, delivery: &Delivery) -> bool {
+        self.settings.until.is_some_and(|until| match delivery {
+            Delivery::Message(Message::Begin { commit_lsn, .. }) => *commit_lsn >= until,
+            Delivery::Idle(lsn) => self.transaction.is_none() && *lsn >= until,
+            Delivery::Message(_) => false,
+        })
     }
 
     /// Nothing is open on the target, and nothing has begun that would open it.
@@ -135,6 +153,7 @@ impl Applier {
                 self.transaction = Some(Position { commit_lsn, xid });
                 self.reached.send_replace(commit_lsn);
                 self.idle = None;
+                self.schema.begin();
             }
             Message::Commit { end_lsn, commit_micros, .. } => {
                 return self.end_transaction(end_lsn, commit_micros).await;
@@ -142,6 +161,12 @@ impl Applier {
             Message::Relation(relation) => self.relation(relation),
             Message::Type { oid, name } => {
                 self.types.insert(oid, name);
+            }
+            Message::Insert { relation, new } if self.schema.is_capture(relation) => {
+                let Some(Value::Text(text)) = new.values().next() else {
+                    return Err(Error::bug("a captured schema change holds no text"));
+                };
+                return self.schema_change(text).await;
             }
             Message::Insert { relation, new } => return self.insert(relation, &new).await,
             Message::Update { relation, old, new } => return self.update(relation, old.as_ref(), &new).await,
@@ -169,13 +194,17 @@ impl Applier {
         let full = ended.commit_lsn <= self.settings.one_by_one
             || batch.bytes >= self.settings.batch_max_bytes
             || batch.started.elapsed() >= self.settings.batch_max_delay
-            || batch.marker.is_some();
+            || batch.marker.is_some()
+            || self.schema.end_the_batch();
         if full { self.commit().await } else { Ok(()) }
     }
 
     /// The source announces a shape. Whether the target has it is asked when a row needs it: a table whose changes are all
     /// in its copy already, or that is gone on both sides, needs no place on the target.
     fn relation(&mut self, relation: Relation) {
+        if relation.name == self.settings.capture {
+            return self.schema.announce(relation.oid);
+        }
         match self.relations.get(&relation.oid) {
             Some((known, _)) if *known == relation => {}
             _ => drop(self.relations.insert(relation.oid, (relation, None))),
@@ -288,7 +317,7 @@ impl Applier {
         self.pipeline.execute(key, move || sql, std::iter::empty(), purpose).await
     }
 
-    async fn open_batch(&mut self) -> Result<()> {
+    pub(super) async fn open_batch(&mut self) -> Result<()> {
         if self.batch.is_some() {
             return Ok(());
         }
@@ -324,7 +353,8 @@ impl Applier {
         batch.applied.duration = batch.started.elapsed();
         self.telemetry.batch(batch.applied);
         self.publish(batch.end, batch.commit_micros, batch.marker);
-        Ok(())
+        // Whoever follows up to a point copies them there.
+        if self.schema.committed() && self.settings.until.is_none() { Err(tables_to_copy()) } else { Ok(()) }
     }
 
     /// Nothing happened on the source that concerns us, but its log went on: say so durably, then confirm.
@@ -389,8 +419,11 @@ impl Applier {
                 ),
             )
             .hint(
-                "someone else changed the target, or the sides differed before; nothing of the batch was applied. \
-                 Find the cause, then copy the table again, or set follow.missing_row = \"record\" to go on",
+                format!(
+                    "someone else changed the target, or the sides differed before; nothing of the batch was applied. \
+                     Find the cause, then `pgtandem resync {}` and start again; or set follow.missing_row = \"record\" to go on",
+                    first.table.plain()
+                ),
             ));
         }
         for row in missing {
@@ -499,6 +532,11 @@ fn check_width(plan: &Plan, tuple: &Tuple) -> Result<()> {
     )))
 }
 
+/// Following ends for a while: tables are to be copied, as the state says.
+fn tables_to_copy() -> Error {
+    Error::new(Class::Retry, TABLES_TO_COPY, "tables are to be copied again after a schema change")
+}
+
 fn out_of_place(what: &str) -> Error {
     Error::bug(format!("the stream holds {what} outside a transaction"))
 }
@@ -512,10 +550,12 @@ async fn wait_until(deadline: Option<Instant>) {
 }
 
 /// Reads what the applier needs to know about the move's tables.
-pub(super) fn cuts(tables: &[crate::state::TableRecord]) -> Result<HashMap<QualifiedName, Lsn>> {
+///
+/// `until`: what is not copied is copied at that point, and nothing of it is applied before.
+pub(super) fn cuts(tables: &[crate::state::TableRecord], until: Option<Lsn>) -> Result<HashMap<QualifiedName, Lsn>> {
     tables
         .iter()
-        .map(|table| match table.cut_lsn {
+        .map(|table| match table.cut_lsn.or(until) {
             Some(cut) => Ok((table.name.clone(), cut)),
             None => Err(Error::bug(format!("table {} is followed before it was copied", table.name.plain()))),
         })

@@ -8,6 +8,7 @@
 //! then at what the stream does not tell ([`watching`]).
 
 mod apply;
+pub mod ddl;
 pub mod lookout;
 mod pipeline;
 mod queue;
@@ -24,14 +25,19 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::ddl::capture::Capture;
+use self::ddl::{Moved, SchemaChanges};
 use self::slot::Slot;
-use crate::config::{Config, MissingRow, MoveName};
+use crate::config::{Config, Ddl, MissingRow, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server, Session, Side};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
+
+/// The code of the error with which following ends because the state has tables to copy. The caller copies them, and follows on.
+pub const TABLES_TO_COPY: &str = "tables_to_copy";
 
 /// How often progress is written for a source that has nothing for us.
 const IDLE_PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -122,8 +128,15 @@ struct Settings {
     missing_row: MissingRow,
     /// Up to this commit each source transaction is a batch of its own.
     one_by_one: Lsn,
+    /// Nothing that committed here or later is applied.
+    until: Option<Lsn>,
     /// The cut of each table.
     cuts: HashMap<QualifiedName, Lsn>,
+    ddl: Ddl,
+    /// Which tables move.
+    scope: Scope,
+    /// The table through which schema changes come.
+    capture: QualifiedName,
 }
 
 /// Everything a run of following needs.
@@ -150,6 +163,10 @@ pub struct Follow<'a> {
     pub gate: &'a Gate,
     /// Tables of the move that neither side has any more.
     pub gone: &'a HashSet<QualifiedName>,
+    /// Schema changes come with the stream.
+    pub captured: bool,
+    /// Ends once everything that committed before is applied, and applies nothing beyond.
+    pub until: Option<Lsn>,
     /// Takes reports.
     pub telemetry: &'a Telemetry,
 }
@@ -192,7 +209,7 @@ impl Follow<'_> {
         let (reader_stop, applier_stop) = (CancellationToken::new(), stop.child_token());
         let mut reading = tokio::spawn(reader.run(reader_stop.clone()));
         let mut applying = Box::pin(applier.run(applier_stop.clone()));
-        let mut watching = std::pin::pin!(watching::watch(self.source, self.config, self.publications, &moved));
+        let mut watching = std::pin::pin!(watching::watch(self, &moved));
         let mut noticed = None;
         let applied = loop {
             tokio::select! {
@@ -255,7 +272,8 @@ impl Follow<'_> {
         let backend = wire.process_id();
         let pipeline = pipeline::Pipeline::new(wire);
         let tables = self.store.tables().await?;
-        let moved: HashSet<QualifiedName> = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name)).collect();
+        let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
+        let moved = Moved::new(moved.collect());
         let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
         let reader = reader::Reader::new(stream, slot, sender, self.durable.subscribe(), self.telemetry.clone());
@@ -267,9 +285,16 @@ impl Follow<'_> {
                 batch_max_bytes: self.config.follow.batch_max_bytes,
                 missing_row: self.config.follow.missing_row,
                 one_by_one,
-                cuts: apply::cuts(&tables)?,
+                until: self.until,
+                cuts: apply::cuts(&tables, self.until)?,
+                ddl: self.config.follow.ddl,
+                scope: self.config.scope.clone(),
+                capture: Capture::of(&self.config.name).table(),
             },
             pipeline,
+            store: self.store.clone(),
+            schema: SchemaChanges::default(),
+            moved: moved.clone(),
             queue: receiver,
             durable: self.durable.clone(),
             marker: self.marker.clone(),
@@ -321,7 +346,7 @@ impl Follow<'_> {
 
     /// A connection that has to be made again is counted for its side.
     fn lost(&self, error: &Error, side: Side) {
-        if error.class() == Class::Retry {
+        if error.class() == Class::Retry && error.code() != TABLES_TO_COPY {
             self.telemetry.reconnected(side);
         }
     }
@@ -359,7 +384,7 @@ struct Ends {
     reader: reader::Reader,
     applier: apply::Applier,
     /// The tables of the move.
-    moved: HashSet<QualifiedName>,
+    moved: Moved,
     /// The process id of the applying session on the target.
     backend: i32,
 }

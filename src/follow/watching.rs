@@ -7,10 +7,13 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
+use super::Follow;
+use super::ddl::Moved;
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{ABOVE, IS_USER_TABLE, above};
-use crate::postgres::{QualifiedName, Server, Session};
+use crate::postgres::lsn::InvalidLsn;
+use crate::postgres::{Lsn, QualifiedName, Session};
 
 const EVERY: Duration = Duration::from_secs(2);
 
@@ -34,24 +37,35 @@ fn tables() -> String {
 }
 
 /// Watches until something is found. A source that does not answer is the business of those who stream from it.
-pub(super) async fn watch(
-    source: &Server,
-    config: &Config,
-    publications: &[String],
-    moved: &HashSet<QualifiedName>,
-) -> Result<Infallible> {
+///
+/// Where schema changes come with the stream, the source's catalog is ahead of what is known here. What is found then counts
+/// only once the target holds everything up to the moment of the first look, and it is still so.
+pub(super) async fn watch(follow: &Follow<'_>, moved: &Moved) -> Result<Infallible> {
     let mut session = None;
+    let mut suspicion: Option<(String, Lsn)> = None;
     loop {
         tokio::time::sleep(EVERY).await;
+        let progress = follow.durable.borrow().lsn;
+        let known = moved.snapshot();
+        let mut head = Lsn::ZERO;
         let looked = async {
             let session = match &mut session {
                 Some(session) => session,
-                empty => empty.insert(source.connect("watch").await?),
+                empty => empty.insert(follow.source.connect("watch").await?),
             };
-            look(session, config, publications, moved).await
+            head = end_of_log(session).await?;
+            look(session, follow.config, follow.publications, &known).await
         };
         match looked.await {
-            Ok(()) => {}
+            Ok(()) => suspicion = None,
+            Err(error) if follow.captured && is_schema_change(&error) => match &suspicion {
+                Some((same, then)) if *same == error.to_string() => {
+                    if progress >= *then {
+                        return Err(error);
+                    }
+                }
+                _ => suspicion = Some((error.to_string(), head)),
+            },
             Err(error) if matches!(error.class(), Class::Retry | Class::Wait) => {
                 tracing::debug!(%error, "the source's tables cannot be looked at");
                 session = None;
@@ -59,6 +73,14 @@ pub(super) async fn watch(
             Err(error) => return Err(error),
         }
     }
+}
+
+async fn end_of_log(session: &Session) -> Result<Lsn> {
+    let row = session
+        .query_one("SELECT pg_catalog.pg_current_wal_lsn()::text", &[])
+        .await
+        .doing(|| "asking for the end of the source's log")?;
+    row.try_get::<_, &str>(0)?.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))
 }
 
 async fn look(

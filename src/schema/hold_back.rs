@@ -5,6 +5,8 @@
 //! and enabled last, so that they never see the other statements. A trigger of a partitioned table hands its state down to
 //! its copies on the partitions, so a copy is named only where it differs, before its parent.
 
+use std::collections::HashSet;
+
 use crate::error::{Doing, Result};
 use crate::postgres::{QualifiedName, Session, catalog::IS_USER_TABLE, quote_identifier};
 use crate::state::HeldBack;
@@ -16,7 +18,7 @@ const EVENT_TRIGGERS: &str = "SELECT evtname::text, evtenabled::text FROM pg_cat
 fn triggers() -> String {
     format!(
         r"
-        SELECT n.nspname, c.relname, t.tgname::text, t.tgenabled::text
+        SELECT n.nspname::text, c.relname::text, t.tgname::text, t.tgenabled::text
         FROM pg_catalog.pg_trigger t
         JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -33,7 +35,7 @@ fn triggers() -> String {
 fn rules() -> String {
     format!(
         r"
-        SELECT n.nspname, c.relname, r.rulename::text, r.ev_enabled::text
+        SELECT n.nspname::text, c.relname::text, r.rulename::text, r.ev_enabled::text
         FROM pg_catalog.pg_rewrite r
         JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -47,7 +49,7 @@ fn rules() -> String {
 fn identity_columns() -> String {
     format!(
         r"
-        SELECT n.nspname, c.relname, a.attname::text
+        SELECT n.nspname::text, c.relname::text, a.attname::text
         FROM pg_catalog.pg_attribute a
         JOIN pg_catalog.pg_class c ON c.oid = a.attrelid
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -57,23 +59,74 @@ fn identity_columns() -> String {
     )
 }
 
-/// Everything on the target that is enabled and must not be before the cutover, in the order of disabling.
-pub(super) async fn find(target: &Session, event_triggers: &[String]) -> Result<Vec<HeldBack>> {
+/// What is held back of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A trigger.
+    Trigger,
+    /// A rule.
+    Rule,
+    /// A column that is GENERATED ALWAYS AS IDENTITY.
+    Identity,
+}
+
+/// What to ask a server, in the order of disabling; each row, all of it text, makes an [`object`].
+pub(crate) fn questions() -> [(Kind, String); 3] {
+    [(Kind::Trigger, triggers()), (Kind::Rule, rules()), (Kind::Identity, identity_columns())]
+}
+
+/// From a row of the answer: schema, table, name and, but for an identity, its state.
+pub(crate) fn object(kind: Kind, row: &[String]) -> HeldBack {
+    let text = |at: usize| row.get(at).map(String::as_str).unwrap_or_default();
+    let table = QualifiedName::new(text(0), text(1));
+    match kind {
+        Kind::Trigger => on_table("TRIGGER", &table, text(2), text(3)),
+        Kind::Rule => on_table("RULE", &table, text(2), text(3)),
+        Kind::Identity => identity(&table, text(2)),
+    }
+}
+
+/// Everything on a server that is enabled and must not be before the cutover, in the order of disabling.
+pub(crate) async fn find(session: &Session, event_triggers: &[String]) -> Result<Vec<HeldBack>> {
     let mut found = Vec::new();
-    for row in target.query(EVENT_TRIGGERS, &[&event_triggers]).await.doing(|| "listing event triggers")? {
+    for row in session.query(EVENT_TRIGGERS, &[&event_triggers]).await.doing(|| "listing event triggers")? {
         found.push(event_trigger(row.try_get(0)?, row.try_get(1)?));
     }
-    for (kind, sql) in [("TRIGGER", triggers()), ("RULE", rules())] {
-        for row in target.query(&sql, &[]).await.doing(|| "listing triggers and rules")? {
-            let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
-            found.push(on_table(kind, &table, row.try_get(2)?, row.try_get(3)?));
+    for (kind, question) in questions() {
+        for row in session.query(&question, &[]).await.doing(|| "listing triggers, rules and identities")? {
+            let fields = (0..row.len()).map(|at| Ok(row.try_get(at)?)).collect::<Result<Vec<String>>>()?;
+            found.push(object(kind, &fields));
         }
     }
-    for row in target.query(&identity_columns(), &[]).await.doing(|| "listing identity columns")? {
-        let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
-        found.push(identity(&table, row.try_get(2)?));
-    }
     Ok(found)
+}
+
+/// What the cutover shall bring back, whatever happened since the schema was restored: the triggers and rules that the source
+/// has enabled and the target has at all, and of the identities that are held back those that are GENERATED ALWAYS there.
+pub(crate) async fn as_on_the_source(source: &Session, target: &Session, held: &[String]) -> Result<Vec<HeldBack>> {
+    let found = find(source, &[]).await?;
+    let rows = target.query(&every_object(), &[]).await.doing(|| "listing triggers and rules of the target")?;
+    let mut there: HashSet<String> = rows.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<_>>()?;
+    there.extend(held.iter().filter(|what| what.starts_with("GENERATED ALWAYS of ")).cloned());
+    Ok(found.into_iter().filter(|object| there.contains(&object.what)).collect())
+}
+
+/// [`HeldBack::what`] of each trigger and rule, enabled or not.
+fn every_object() -> String {
+    format!(
+        r"
+        SELECT 'trigger ' || t.tgname || ' on ' || n.nspname || '.' || c.relname
+        FROM pg_catalog.pg_trigger t
+        JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE {IS_USER_TABLE}
+        UNION ALL
+        SELECT 'rule ' || r.rulename || ' on ' || n.nspname || '.' || c.relname
+        FROM pg_catalog.pg_rewrite r
+        JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE {IS_USER_TABLE}"
+    )
 }
 
 /// The words of `tgenabled`, `ev_enabled` and `evtenabled`.

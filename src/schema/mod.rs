@@ -21,7 +21,7 @@ mod dump;
 mod existing;
 pub mod failure;
 pub mod foreign_keys;
-mod hold_back;
+pub(crate) mod hold_back;
 mod left_out;
 pub mod programs;
 mod restore;

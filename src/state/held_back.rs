@@ -17,6 +17,23 @@ pub struct HeldBack {
     pub disable: String,
 }
 
+/// Disables these, in order, and writes them down: a part of a transaction. One that is written down already gives way.
+#[must_use]
+pub fn hold_back_sql(move_name: &str, objects: &[HeldBack]) -> String {
+    let name = quote_literal(move_name);
+    let each = objects.iter().map(|HeldBack { what, enable, disable }| {
+        let [what, enable, statement] = [what, enable, disable].map(|text| quote_literal(text));
+        format!(
+            "{disable};
+             DELETE FROM pgtandem.held_back WHERE move = {name} AND what = {what};
+             INSERT INTO pgtandem.held_back (move, ordinal, what, enable, disable)
+             SELECT {name}, COALESCE(max(ordinal), 0) + 1, {what}, {enable}, {statement}
+             FROM pgtandem.held_back WHERE move = {name}"
+        )
+    });
+    each.collect::<Vec<_>>().join(";\n")
+}
+
 /// Narrows to those rows whose statements we made for event triggers.
 const EVENT_TRIGGERS: &str = "AND disable LIKE 'ALTER EVENT TRIGGER %'";
 
@@ -29,20 +46,25 @@ impl Store {
         if objects.is_empty() {
             return Ok(());
         }
-        let name = quote_literal(self.name.as_str());
-        let mut sql = String::from("BEGIN;\n");
-        for HeldBack { what, enable, disable } in objects {
-            sql.push_str(&format!(
-                "{disable};
-                 INSERT INTO pgtandem.held_back (move, ordinal, what, enable, disable)
-                 SELECT {name}, COALESCE(max(ordinal), 0) + 1, {}, {}, {} FROM pgtandem.held_back WHERE move = {name};\n",
-                quote_literal(what),
-                quote_literal(enable),
-                quote_literal(disable),
-            ));
-        }
-        sql.push_str("COMMIT");
-        self.execute(&sql).await.doing(|| "disabling triggers and rules until the cutover")
+        let sql = hold_back_sql(self.name.as_str(), objects);
+        self.execute(&format!("BEGIN; {sql}; COMMIT")).await.doing(|| "disabling triggers and rules until the cutover")
+    }
+
+    /// What the cutover is to bring back is this, and nothing else, but for foreign keys and event triggers.
+    ///
+    /// # Errors
+    /// The connection's; the target's refusal.
+    pub async fn hold_back_instead(&self, objects: &[HeldBack]) -> Result<()> {
+        self.execute(&format!(
+            "BEGIN; SET LOCAL lock_timeout = '5s';
+             DELETE FROM pgtandem.held_back WHERE move = {}
+                 AND (what LIKE 'trigger %' OR what LIKE 'rule %' OR what LIKE 'GENERATED ALWAYS of %');
+             {}; COMMIT",
+            quote_literal(self.name.as_str()),
+            hold_back_sql(self.name.as_str(), objects)
+        ))
+        .await
+        .doing(|| "holding back the triggers and rules as they are on the source")
     }
 
     /// Brings back everything that was held back, in one transaction and one round trip, the last one first. Can be repeated.

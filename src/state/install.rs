@@ -5,7 +5,8 @@ use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
 /// Every table of the layout.
-pub(super) const TABLES: [&str; 9] = [
+pub(super) const TABLES: [&str; 10] = [
+    "ddl",
     "cutover_step",
     "cutover",
     "request",
@@ -103,6 +104,19 @@ CREATE TABLE IF NOT EXISTS pgtandem.cutover_step (
     seconds    double precision,
     detail     text,
     PRIMARY KEY (cutover_id, ordinal)
+);
+
+CREATE TABLE IF NOT EXISTS pgtandem.ddl (
+    move      text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
+    lsn       pg_lsn NOT NULL,
+    ordinal   integer NOT NULL,
+    tag       text NOT NULL,
+    statement text NOT NULL,
+    role      text NOT NULL,
+    state     text NOT NULL,
+    error     text,
+    seen_at   timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (move, lsn, ordinal)
 );
 
 CREATE TABLE IF NOT EXISTS pgtandem.missing_row (

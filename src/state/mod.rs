@@ -9,6 +9,7 @@ mod install;
 mod journal;
 mod leadership;
 mod request;
+mod schema_change;
 mod tables;
 mod unkeyed;
 
@@ -18,7 +19,8 @@ use std::sync::Arc;
 
 use tokio::sync::{Mutex, MutexGuard};
 
-pub use held_back::HeldBack;
+pub use held_back::{HeldBack, hold_back_sql};
+pub use schema_change::SchemaChange;
 pub use journal::{CutoverRecord, CutoverState, StepRecord};
 pub use leadership::Leadership;
 pub use request::{Request, RequestKind, RequestState};

@@ -9,12 +9,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::steer::{Decision, Steering};
 use super::{End, Supervisor, Until, drop_slot};
-use crate::config::CopyMethod;
+use crate::config::{CopyMethod, Ddl, Engine};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::error::{Doing, Error, Result};
-use crate::follow::{Follow, unkeyed, watching};
+use crate::follow::ddl::capture::Capture;
+use crate::follow::{Follow, TABLES_TO_COPY, unkeyed, watching};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::lsn::InvalidLsn;
+use crate::postgres::replication::{Cut, Walsender};
 use crate::postgres::{Lsn, QualifiedName, Session};
 use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
@@ -122,6 +124,10 @@ impl<'a> Walk<'a> {
     /// Keys, indexes and statistics, once the rows are there.
     async fn complete_tables(&mut self) -> Result<()> {
         let s = self.supervisor;
+        if self.schema_comes_with_the_stream().await? {
+            let tables = self.tables_there().await?;
+            return copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await;
+        }
         self.kit().await?;
         let tables = self.tables().await?;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
@@ -142,6 +148,9 @@ impl<'a> Walk<'a> {
             return Ok(copy::Outcome::Stopped);
         }
         let (exporter, cut) = self.cut(&cancel).await?;
+        if !self.schema_stands_at(&cut, &cancel).await? {
+            return Ok(copy::Outcome::Stopped);
+        }
         let context = copy::Context {
             source: s.source.clone(),
             target: s.target.clone(),
@@ -150,9 +159,46 @@ impl<'a> Walk<'a> {
             scope: s.config.scope.clone(),
             settings: s.config.copy.clone(),
             telemetry: s.telemetry.clone(),
+            captured: self.is_captured().await?,
             cancel,
         };
         copy::run(&context, exporter, &cut).await
+    }
+
+    /// The first copy is complete, so everything that the schema becomes from then on is carried: a dump of today's schema would be ahead
+    /// of what the target holds.
+    async fn schema_comes_with_the_stream(&self) -> Result<bool> {
+        Ok(self.supervisor.record().await?.constraints_done && self.is_captured().await?)
+    }
+
+    /// Whether our sessions on the target may keep triggers and foreign keys from firing.
+    async fn can_set_replica_role(&self) -> Result<bool> {
+        let session = self.supervisor.target.connect("control").await?;
+        schema::can_set_replica_role(&session).await
+    }
+
+    /// The tables of the move that both sides have.
+    async fn tables_there(&self) -> Result<Vec<Table>> {
+        let session = self.supervisor.target.connect("catalog").await?;
+        let there: HashSet<QualifiedName> = catalog::tables(&*session).await?.into_iter().map(|table| table.name).collect();
+        let mut tables = self.tables().await?;
+        tables.retain(|table| there.contains(&table.name));
+        Ok(tables)
+    }
+
+    /// A table that is copied again needs the schema that it has at the cut. Where schema changes come with the stream, they are
+    /// applied up to there, with everything else before them; what the tables that are to be copied hold does not matter
+    /// meanwhile. Before the first copy is complete, nothing can be applied. False if told to stop.
+    async fn schema_stands_at(&self, cut: &Cut, stop: &CancellationToken) -> Result<bool> {
+        if !self.schema_comes_with_the_stream().await? {
+            return Ok(true);
+        }
+        tracing::info!(lsn = %cut.lsn, "following up to the cut");
+        let replica_role = self.can_set_replica_role().await?;
+        let publications = self.publications();
+        let follow = Follow { until: Some(cut.lsn), ..self.follower(replica_role, true, &publications) };
+        follow.run(stop).await?;
+        Ok(!stop.is_cancelled())
     }
 
     /// What a cut needs on the source before it.
@@ -166,18 +212,46 @@ impl<'a> Walk<'a> {
         // publishing it would hide that.
         let copied: Vec<Table> = tables.iter().filter(|table| copied.contains(&table.name)).cloned().collect();
         let session = s.source.connect("publication").await?;
-        if let Some(table) = publication::unpublished(&*session, self.publications(), &copied).await?.first() {
+        // Where schema changes come with the stream, names here are ahead of those in the state; the watch does it then.
+        if !self.is_captured().await?
+            && let Some(table) = publication::unpublished(&*session, self.publications(), &copied).await?.first()
+        {
             return Err(watching::unpublished(table));
         }
         drop(session);
+        self.capture().await?;
         publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
         unkeyed::remember(&s.source, &s.store, &tables).await
     }
 
-    async fn cut(
-        &self,
-        cancel: &CancellationToken,
-    ) -> Result<(crate::postgres::replication::Walsender, crate::postgres::replication::Cut)> {
+    /// Has the source write schema changes into the stream, where they are to be carried and both sides allow it.
+    async fn capture(&self) -> Result<()> {
+        let s = self.supervisor;
+        let (source, target) = tokio::try_join!(s.source.connect("publication"), s.target.connect("schema"))?;
+        let capture = Capture::of(&s.config.name);
+        let carried = s.config.follow.ddl == Ddl::Replicate && s.config.follow.engine == Engine::Stream;
+        if carried && schema::can_set_replica_role(&target).await? {
+            capture.install(&source, &s.config.scope).await?;
+        } else {
+            capture.remove(&source).await?;
+        }
+        Ok(())
+    }
+
+    async fn forget_capture(&self) -> Result<()> {
+        let s = self.supervisor;
+        let session = s.source.connect("clean").await?;
+        Capture::of(&s.config.name).remove(&session).await.map(drop)
+    }
+
+    /// Whether schema changes come with the stream. Those that came before the setting changed have their place in it still.
+    async fn is_captured(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let session = s.source.connect("catalog").await?;
+        Capture::of(&s.config.name).is_installed(&session).await
+    }
+
+    async fn cut(&self, cancel: &CancellationToken) -> Result<(Walsender, Cut)> {
         let s = self.supervisor;
         match s.record().await?.slot_lsn {
             None => cut::first(&s.source, &s.store, &s.telemetry, cancel).await,
@@ -247,9 +321,12 @@ impl<'a> Walk<'a> {
             s.enter_phase(Phase::Copy).await?;
             return Ok(None);
         }
-        self.kit().await?;
-        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let complete = self.schema_comes_with_the_stream().await?;
+        if !complete {
+            self.kit().await?;
+        }
         let record = s.record().await?;
+        let replica_role = self.can_set_replica_role().await?;
         let beyond = record.last_cut_lsn.unwrap_or_default();
         let stop = s.stop.child_token();
         let mut durable = s.durable.subscribe();
@@ -262,12 +339,21 @@ impl<'a> Walk<'a> {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        self.follow_while(kit.replica_role, &stop, caught_up).await?;
+        match self.follow_while(replica_role, &stop, caught_up).await {
+            Err(error) if error.code() == TABLES_TO_COPY => {
+                s.enter_phase(Phase::Copy).await?;
+                return Ok(None);
+            }
+            other => other?,
+        }
         if s.stop.is_cancelled() {
             return Ok(Some(End::Stopped));
         }
-        if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
-            return Ok(Some(End::Stopped));
+        if !complete {
+            let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+            if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
+                return Ok(Some(End::Stopped));
+            }
         }
         s.enter_phase(Phase::Follow).await?;
         Ok(None)
@@ -298,7 +384,7 @@ impl<'a> Walk<'a> {
         enough: impl Future<Output = ()>,
     ) -> Result<()> {
         let publications = self.publications();
-        let follow = self.follower(replica_role, &publications);
+        let follow = self.follower(replica_role, self.is_captured().await?, &publications);
         let mut following = std::pin::pin!(follow.run(stop));
         tokio::select! {
             ended = &mut following => return ended,
@@ -312,7 +398,7 @@ impl<'a> Walk<'a> {
         [name.publication(), name.insert_publication()]
     }
 
-    fn follower<'f>(&'f self, replica_role: bool, publications: &'f [String]) -> Follow<'f> {
+    fn follower<'f>(&'f self, replica_role: bool, captured: bool, publications: &'f [String]) -> Follow<'f> {
         let s = self.supervisor;
         Follow {
             config: s.config,
@@ -326,6 +412,8 @@ impl<'a> Walk<'a> {
             marker: &s.marker,
             gate: &s.gate,
             gone: &self.gone,
+            captured,
+            until: None,
             telemetry: &s.telemetry,
         }
     }
@@ -336,6 +424,7 @@ impl<'a> Walk<'a> {
         let s = self.supervisor;
         let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
         self.gone.clear();
+        let captured = self.is_captured().await?;
         let head = head(&source).await?;
         let progress = s.store.progress().await?.lsn;
         let target: HashSet<QualifiedName> =
@@ -348,12 +437,19 @@ impl<'a> Walk<'a> {
                 continue;
             }
             if !target.contains(&table.name) {
+                if captured {
+                    // The stream brings it, if it was made since schema changes are captured; else the watch finds it.
+                    continue;
+                }
                 return Err(watching::added(&table.name));
             }
             new.push((table.name, table.bytes));
         }
         for gone in known {
             if target.contains(&gone) {
+                if captured {
+                    continue;
+                }
                 return Err(watching::dropped(&gone));
             }
             tracing::info!(table = %gone.plain(), "neither side has the table any more");
@@ -376,14 +472,15 @@ impl<'a> Walk<'a> {
             return Ok(None);
         }
         s.enter_phase(Phase::Follow).await?;
-        let session = s.target.connect("control").await?;
-        let replica_role = schema::can_set_replica_role(&session).await?;
-        drop(session);
+        let replica_role = self.can_set_replica_role().await?;
         let steering = Steering::new(s, self.epoch);
         let publications = self.publications();
-        let follow = self.follower(replica_role, &publications);
+        let follow = self.follower(replica_role, self.is_captured().await?, &publications);
         let stop = s.stop.child_token();
-        let decision = steering.beside(follow.run(&stop), &stop).await?;
+        let decision = match steering.beside(follow.run(&stop), &stop).await {
+            Err(error) if error.code() == TABLES_TO_COPY => Decision::CopyAgain,
+            other => other?,
+        };
         match decision {
             Decision::Stopped => Ok(Some(End::Stopped)),
             Decision::Reached => Ok(Some(End::Reached)),
@@ -405,6 +502,9 @@ impl<'a> Walk<'a> {
         // First, for the source keeps WAL until then. It may be switched off already; its slot goes with it then.
         if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
             tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
+        }
+        if let Err(error) = self.forget_capture().await {
+            tracing::warn!(%error, "the capture of schema changes could not be removed; `pgtandem clean` does it later");
         }
         let session = s.target.connect("control").await?;
         if !schema::can_set_replica_role(&session).await? {

@@ -63,6 +63,7 @@ impl Move {
             scope: config.scope.clone(),
             settings: config.copy.clone(),
             telemetry: Telemetry::default(),
+            captured: false,
             cancel: CancellationToken::new(),
         };
         Self { source, target, config, context, _leadership: leadership, _clusters: clusters }

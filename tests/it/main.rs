@@ -19,6 +19,7 @@ mod moves;
 mod preflight;
 mod refusals;
 mod schema;
+mod schema_changes;
 mod scope;
 mod telemetry;
 mod unkeyed;

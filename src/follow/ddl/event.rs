@@ -1,0 +1,302 @@
+//! What the capture says about one statement, and what is to be done for it. Pure.
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+
+use super::statement;
+use crate::config::Scope;
+use crate::postgres::{QualifiedName, quote_identifier};
+
+/// One firing of an event trigger; see [`super::capture`].
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Event {
+    event: String,
+    /// The command tag.
+    pub tag: String,
+    query: String,
+    #[serde(default)]
+    context: String,
+    /// Process and time of the client's message: the statements of one text have it in common.
+    #[serde(default)]
+    session: String,
+    /// Who made the change.
+    pub role: Option<String>,
+    /// The search path in which it was made.
+    pub path: Option<String>,
+    #[serde(default)]
+    pub objects: Vec<Object>,
+    /// Why the capture could not describe the statement.
+    pub failed: Option<String>,
+}
+
+/// One object that was made, changed or dropped.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Object {
+    #[serde(rename = "type")]
+    kind: String,
+    schema: Option<String>,
+    identity: Option<String>,
+    /// The table that it is, or belongs to.
+    pub table: Option<Table>,
+    /// Why a table is rewritten: the bits of `pg_event_trigger_table_rewrite_reason()`.
+    reason: Option<i32>,
+}
+
+/// A relation as it stood right after the statement.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Table {
+    schema: String,
+    name: String,
+    kind: String,
+    permanent: bool,
+    above: Vec<(String, String)>,
+    /// Names; types; collations that are not the type's own.
+    columns: Vec<(String, String, Option<String>)>,
+    /// Values of columns that were added without touching the rows: schema, table, column, an array of the value.
+    pub missing: Vec<(String, String, String, String)>,
+}
+
+impl Table {
+    pub(super) fn qualified(&self) -> QualifiedName {
+        QualifiedName::new(self.schema.clone(), self.name.clone())
+    }
+
+    fn above(&self) -> Vec<QualifiedName> {
+        self.above.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone())).collect()
+    }
+
+    /// Names and types of its columns, in order; `None` if it is no table.
+    pub(super) fn columns(&self) -> Option<Vec<(String, String)>> {
+        let columns = || self.columns.iter().map(|(name, kind, _)| (name.clone(), kind.clone())).collect();
+        matches!(self.kind.as_str(), "r" | "p").then(columns)
+    }
+
+    /// Whether it is a table of the move that stores rows.
+    pub(super) fn moves(&self, scope: &Scope) -> bool {
+        self.kind == "r" && self.permanent && scope.contains(&self.qualified(), &self.above())
+    }
+}
+
+/// What is to be done for an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Deed {
+    /// It concerns nothing of the move, or another event brings it.
+    Nothing,
+    /// The statement that follows writes every row of this table anew; the bits say why.
+    Rewrite(QualifiedName, i32),
+    /// One of these is run on the target.
+    Run(Candidates),
+    /// This statement is run, and the rows that a query put into the table are copied.
+    MakeAndCopy(String),
+}
+
+/// The statements of a text that may be the one, the likeliest first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Candidates {
+    /// The text, and where in it each of them stands.
+    pub text: (String, String),
+    pub statements: Vec<(usize, String)>,
+    /// Some of them may have been rolled back.
+    pub rolls_back: bool,
+}
+
+/// Which statement of a text was the last one, for texts that hold several.
+#[derive(Debug, Default)]
+pub(super) struct Seen(HashMap<(String, String), usize>);
+
+/// So many texts are kept in mind.
+const TEXTS: usize = 100;
+
+impl Seen {
+    /// This one of the candidates it was.
+    pub(super) fn was(&mut self, candidates: &Candidates, position: usize) {
+        if self.0.len() >= TEXTS {
+            self.0.clear();
+        }
+        self.0.insert(candidates.text.clone(), position);
+    }
+}
+
+impl Event {
+    pub(super) fn read(text: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(text).map_err(|error| error.to_string())
+    }
+
+    /// For a person: what the client sent, or less where that may hold a password.
+    pub(super) fn shown(&self, statement: &str) -> String {
+        let secret = ["USER MAPPING", "SERVER", "FOREIGN"].iter().any(|word| self.tag.contains(word));
+        if secret { format!("{} (options hidden)", self.tag) } else { statement.chars().take(500).collect() }
+    }
+
+    /// What the client sent, where no statement of it could be chosen.
+    pub(super) fn shown_text(&self) -> String {
+        self.shown(&self.query)
+    }
+
+    /// Decides what is to be done.
+    ///
+    /// # Errors
+    /// Why the statement is not known.
+    pub(super) fn deed(&self, scope: &Scope, seen: &Seen) -> Result<Deed, String> {
+        if let Some(why) = &self.failed {
+            return Err(format!("the source could not describe it: {why}"));
+        }
+        if self.event == "table_rewrite" {
+            let rewrite = self.objects.first().and_then(|o| Some((o.schema.clone()?, o.identity.clone()?, o.reason?)));
+            let (schema, name, reason) = rewrite.ok_or("the source does not say which table is rewritten")?;
+            return Ok(Deed::Rewrite(QualifiedName::new(schema, name), reason));
+        }
+        if matches!(self.tag.as_str(), "REINDEX" | "CLUSTER") || self.is_out_of(scope) {
+            return Ok(Deed::Nothing);
+        }
+        if matches!(self.tag.as_str(), "CREATE TABLE AS" | "SELECT INTO") {
+            let table = self.objects.iter().find_map(|object| object.table.as_ref());
+            return table.map(|table| Deed::MakeAndCopy(table.creation())).ok_or_else(|| "its table is not known".into());
+        }
+        let Some(mut candidates) = self.candidates(seen)? else { return Ok(Deed::Nothing) };
+        if matches!(self.tag.as_str(), "CREATE INDEX" | "DROP INDEX" | "ALTER TABLE") {
+            for (_, text) in &mut candidates.statements {
+                *text = statement::without_concurrently(text);
+            }
+        }
+        Ok(Deed::Run(candidates))
+    }
+
+    /// Whether all that it is about belongs to tables outside the scope. What was dropped does not say where it belonged.
+    fn is_out_of(&self, scope: &Scope) -> bool {
+        let outside = |object: &Object| {
+            object.table.as_ref().is_some_and(|table| {
+                matches!(table.kind.as_str(), "r" | "p") && !scope.contains(&table.qualified(), &table.above())
+            })
+        };
+        !self.objects.is_empty() && self.objects.iter().all(outside)
+    }
+
+    /// The statement itself, or those that it may be; `None` for a part of an extension's script, which comes with the
+    /// extension.
+    fn candidates(&self, seen: &Seen) -> Result<Option<Candidates>, String> {
+        let text = match statement::inner(&self.context) {
+            Ok(text) => text.unwrap_or(&self.query),
+            Err(()) => return Err("it was run inside a function that does not tell its statements".into()),
+        };
+        let statements = statement::split(text);
+        let with_tag: Vec<(usize, &str)> =
+            statements.iter().copied().enumerate().filter(|(_, s)| statement::has_tag(s, &self.tag)).collect();
+        if with_tag.is_empty() {
+            let of_extension = |s: &&&str| statement::first_words(s, 2).get(1).is_some_and(|word| word == "EXTENSION");
+            return match statements.iter().find(of_extension) {
+                Some(_) => Ok(None),
+                None => Err(format!("no {} is found in what the client sent", self.tag)),
+            };
+        }
+        let names: Vec<String> = self.objects.iter().filter_map(Object::bare_name).collect();
+        let is_named = |s: &str| names.iter().any(|name| statement::mentions(s, name));
+        let mut found: Vec<(usize, &str)> = with_tag.iter().copied().filter(|(_, s)| is_named(s)).collect();
+        if found.is_empty() {
+            found = with_tag;
+        }
+        let text = (self.session.clone(), text.to_owned());
+        // Statements run in their order: those behind the last one come first.
+        if let Some(last) = seen.0.get(&text) {
+            let behind = found.iter().take_while(|(at, _)| at <= last).count();
+            if behind < found.len() {
+                found.drain(..behind);
+            }
+        }
+        let rolls_back = statements.iter().any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK"));
+        let statements = found.into_iter().map(|(at, s)| (at, s.to_owned())).collect();
+        Ok(Some(Candidates { text, statements, rolls_back }))
+    }
+}
+
+impl Object {
+    /// Its own name, without schema, arguments and quotes.
+    fn bare_name(&self) -> Option<String> {
+        if let Some(table) = self.table.as_ref().filter(|_| self.kind == "table") {
+            return Some(table.name.clone());
+        }
+        let identity = self.identity.as_deref()?;
+        let mut name = String::new();
+        let mut quoted = false;
+        for c in identity.chars() {
+            match c {
+                '"' => quoted = !quoted,
+                '.' if !quoted => name.clear(),
+                '(' | ' ' if !quoted => break,
+                c => name.push(c),
+            }
+        }
+        Some(name)
+    }
+}
+
+impl Table {
+    /// A table like this one, empty.
+    fn creation(&self) -> String {
+        let column = |(name, kind, collation): &(String, String, Option<String>)| match collation {
+            Some(collation) => format!("{} {kind} COLLATE {collation}", quote_identifier(name)),
+            None => format!("{} {kind}", quote_identifier(name)),
+        };
+        let columns = self.columns.iter().map(column).collect::<Vec<_>>().join(", ");
+        let unlogged = if self.permanent { "" } else { "UNLOGGED " };
+        format!("CREATE {unlogged}TABLE {} ({columns})", self.qualified())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn event(tag: &str, query: &str, identity: &str) -> Event {
+        let event = json!({
+            "event": "ddl_command_end", "tag": tag, "query": query, "session": "1 2",
+            "context": "PL/pgSQL function pgtandem.capture_app() line 1 at GET DIAGNOSTICS",
+            "objects": [{"type": "table", "schema": "public", "identity": identity, "table": null}],
+        });
+        Event::read(event.to_string().as_bytes()).unwrap()
+    }
+
+    /// The likeliest statement, which is then remembered.
+    fn run(event: &Event, seen: &mut Seen) -> Option<String> {
+        match event.deed(&Scope::default(), seen).unwrap() {
+            Deed::Run(candidates) => {
+                let (at, statement) = candidates.statements.first().cloned().unwrap();
+                seen.was(&candidates, at);
+                Some(statement)
+            }
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn each_statement_of_a_text_is_found_in_its_turn() {
+        let text = "create table a (); insert into a default values; create table b (); alter table a add x int; alter table a drop x";
+        let mut seen = Seen::default();
+        let mut run = |tag, identity| run(&event(tag, text, identity), &mut seen).unwrap();
+        assert_eq!(run("CREATE TABLE", "public.a"), "create table a ()");
+        assert_eq!(run("CREATE TABLE", "public.b"), "create table b ()");
+        assert_eq!(run("ALTER TABLE", "public.a"), "alter table a add x int");
+        assert_eq!(run("ALTER TABLE", "public.a"), "alter table a drop x");
+    }
+
+    #[test]
+    fn what_an_extension_makes_comes_with_the_extension() {
+        let run = |tag| run(&event(tag, "alter extension x update", "public.f()"), &mut Seen::default());
+        assert_eq!(run("DROP FUNCTION"), None);
+        assert_eq!(run("ALTER EXTENSION").as_deref(), Some("alter extension x update"));
+    }
+
+    #[test]
+    fn a_statement_that_is_not_in_the_text_is_refused() {
+        let refused = event("CREATE TABLE", "select make()", "public.t").deed(&Scope::default(), &Seen::default());
+        assert!(refused.is_err_and(|why| why.contains("CREATE TABLE")));
+    }
+
+    #[test]
+    fn options_of_a_server_are_not_shown() {
+        let event = event("CREATE USER MAPPING", "create user mapping … password 'x'", "u");
+        assert_eq!(event.shown_text(), "CREATE USER MAPPING (options hidden)");
+    }
+}
