@@ -30,7 +30,7 @@ use super::ddl::{Moved, SchemaChanges};
 use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
 use super::queue::Receiver;
 use super::reader::Delivery;
-use super::relation::{Finder, Plan, target_table, target_table_query};
+use super::relation::{Finder, Plan, TargetTable, mending, target_table, target_table_query, type_names_query};
 use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings, TABLES_TO_COPY};
 use crate::config::MissingRow;
 use crate::error::{Class, Doing, Error, Result};
@@ -228,11 +228,28 @@ impl Applier {
         let rows = rows.doing(|| format!("reading the shape of table {} on the target", relation.name.plain()))?;
         let target = target_table(&rows)?;
         self.generations += 1;
-        let plan = Arc::new(Plan::new(relation, target.as_ref(), &self.types, self.generations)?);
+        let plan = match Plan::new(relation, target.as_ref(), &self.types, self.generations) {
+            Ok(plan) => Arc::new(plan),
+            Err(error) => return Err(self.with_what_mends(error, oid, target.as_ref()).await),
+        };
         if let Some((_, planned)) = self.relations.get_mut(&oid) {
             *planned = Some(Arc::clone(&plan));
         }
         Ok(Some((plan, at)))
+    }
+
+    /// The error with the statement that would give the target the shape of the source.
+    async fn with_what_mends(&mut self, error: Error, oid: u32, target: Option<&TargetTable>) -> Error {
+        let (Some((relation, _)), Some(target)) = (self.relations.get(&oid), target) else { return error };
+        let query = type_names_query(relation, &self.types);
+        let Ok(rows) = self.pipeline.query(&query).await else { return error };
+        let names: Vec<String> = rows.into_iter().flatten().flatten().collect();
+        let statement = mending(relation, target, &self.types, &names);
+        error.hint(format!(
+            "run on the target: {statement} (a renamed column is RENAME COLUMN instead; if old rows got other values: \
+             `pgtandem resync {}`). Nothing of the change was applied",
+            relation.name.plain()
+        ))
     }
 
     async fn insert(&mut self, relation: u32, new: &Tuple) -> Result<()> {

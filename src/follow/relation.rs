@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Class, Error, Result};
-use crate::postgres::pgoutput::Relation;
+use crate::postgres::pgoutput::{Relation, RelationColumn};
 use crate::postgres::wire::TextRow;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
@@ -156,13 +156,7 @@ impl Plan {
             let Some(found) = target.columns.iter().find(|c| c.name == column.name) else {
                 return Err(shape(&table, &format!("column {:?} is missing on the target", column.name)));
             };
-            let same_type = if column.type_oid < FIRST_USER_OID {
-                column.type_oid == found.type_oid
-            } else {
-                types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
-            };
-            // The modifier of an extension's type, such as geometry(Point), says as much as that of varchar(10).
-            if !same_type || column.type_modifier != found.type_modifier {
+            if !is_same_type(column, found, types) {
                 return Err(shape(&table, &format!("column {:?} has another type on the target", column.name)));
             }
             columns.push(PlannedColumn {
@@ -291,6 +285,34 @@ impl Plan {
     }
 }
 
+/// Asks the target for the names of the relation's types: built-in ones have the same oid everywhere, and those of extensions
+/// and users are known by name from the stream. [`mending`] reads the answer.
+pub(super) fn type_names_query(relation: &Relation, types: &HashMap<u32, QualifiedName>) -> String {
+    let names = relation.columns.iter().map(|column| match types.get(&column.type_oid) {
+        Some(name) => quote_literal(&name.to_string()),
+        None => format!("pg_catalog.format_type({}, {})", column.type_oid, column.type_modifier),
+    });
+    format!("SELECT unnest(ARRAY[{}]::text[])", names.collect::<Vec<_>>().join(", "))
+}
+
+/// The statements that give the target's table the columns and types that the source announces. Pure.
+pub(super) fn mending(
+    relation: &Relation,
+    target: &TargetTable,
+    types: &HashMap<u32, QualifiedName>,
+    names: &[String],
+) -> String {
+    let statements = relation.columns.iter().zip(names).filter_map(|(column, name)| {
+        let quoted = quote_identifier(&column.name);
+        match target.columns.iter().find(|found| found.name == column.name) {
+            None => Some(format!("ADD COLUMN {quoted} {name}")),
+            Some(found) if !is_same_type(column, found, types) => Some(format!("ALTER COLUMN {quoted} TYPE {name}")),
+            Some(_) => None,
+        }
+    });
+    format!("ALTER TABLE {} {}", relation.name, statements.collect::<Vec<_>>().join(", "))
+}
+
 /// Under REPLICA IDENTITY FULL the target's primary key finds the row faster than the whole row, if the old row that
 /// the stream brings holds all of it.
 fn finder(relation: &Relation, target: &TargetTable) -> Finder {
@@ -310,15 +332,24 @@ fn finder(relation: &Relation, target: &TargetTable) -> Finder {
     }
 }
 
+fn is_same_type(column: &RelationColumn, found: &TargetColumn, types: &HashMap<u32, QualifiedName>) -> bool {
+    let same_type = if column.type_oid < FIRST_USER_OID {
+        column.type_oid == found.type_oid
+    } else {
+        types.get(&column.type_oid).is_none_or(|name| *name == found.type_name)
+    };
+    // The modifier of an extension's type, such as geometry(Point), says as much as that of varchar(10).
+    same_type && column.type_modifier == found.type_modifier
+}
+
 fn shape(table: &str, what: &str) -> Error {
     Error::new(Class::Operator, "shape_differs", format!("table {table} differs between the sides: {what}"))
-        .hint("make the same change to the table on the target, then start again; nothing of the change was applied")
+        .hint("make the same change to the table on the target; nothing of the change was applied")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::postgres::pgoutput::RelationColumn;
 
     fn relation(identity: u8, columns: &[(&str, bool, u32)]) -> Relation {
         Relation {
@@ -435,5 +466,17 @@ mod tests {
         assert_eq!(other.code(), "shape_differs");
         let gone = Plan::new(&source, None, &HashMap::new(), 0).unwrap_err();
         assert_eq!(gone.code(), "table_missing");
+    }
+
+    #[test]
+    fn what_is_to_be_done_to_the_target_is_said() {
+        let relation = relation(b'd', &[("id", true, 23), ("v", false, 20), ("new", false, 16_400)]);
+        let target = target(&[("id", 23, true, false), ("v", 23, false, false)]);
+        let types = HashMap::from([(16_400, QualifiedName::new("app", "mood"))]);
+        let names = ["integer", "bigint", "\"app\".\"mood\""].map(str::to_owned);
+        assert_eq!(
+            mending(&relation, &target, &types, &names),
+            r#"ALTER TABLE "public"."t" ALTER COLUMN "v" TYPE bigint, ADD COLUMN "new" "app"."mood""#
+        );
     }
 }

@@ -26,7 +26,7 @@ impl Sides {
         let folder = tempfile::tempdir().unwrap();
         let pgtandem = Pgtandem::new(&from, &to, "app")
             .working_in(folder.path())
-            .config(&format!("[copy]\nmethod = \"{method}\"\n"));
+            .config(&format!("[copy]\nmethod = \"{method}\"\n[follow]\nddl = \"stop\"\n"));
         Self { _clusters: clusters, from, to, pgtandem, folder }
     }
 

@@ -156,7 +156,7 @@ async fn a_change_of_the_schema_stops_the_move_until_it_is_made_on_the_target() 
              insert into widened select i, i from generate_series(1, 100) i; insert into leaves values (1)",
         )
         .await;
-    let pgtandem = Pgtandem::new(&sides.from, &sides.to, "schema");
+    let pgtandem = Pgtandem::new(&sides.from, &sides.to, "schema").env("PGTANDEM_FOLLOW_DDL", "stop");
     for (change, rows, code, table) in [
         (
             "alter table widened add column more text",

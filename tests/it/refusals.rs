@@ -178,7 +178,6 @@ async fn commands_answer_where_no_move_is() {
         (&["clean"], 0, "nothing of the move app is there"),
         (&["clean", "--yes"], 0, "nothing of the move app is there"),
         (&["verify"], USAGE, "not available"),
-        (&["resync", "account"], USAGE, "not available"),
         (&["rollback"], USAGE, "not available"),
     ] {
         let done = pgtandem.run(arguments).await;

@@ -123,7 +123,8 @@ const CATALOG: &str = r"
     select 'index ' || pg_get_indexdef(indexrelid) || ' ' || indisreplident from pg_index where indrelid >= 16384 and ours(indrelid)
     union all select 'constraint ' || conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) || ' ' || convalidated
         from pg_constraint where conrelid <> 0 and contype <> 'n' and ours(conrelid)
-    union all select 'trigger ' || pg_get_triggerdef(oid) || ' ' || tgenabled::text from pg_trigger where not tgisinternal and ours(tgrelid)
+    union all select 'trigger ' || pg_get_triggerdef(oid) || ' ' || tgenabled::text from pg_trigger
+        where not tgisinternal and tgname <> 'pgtandem_app_fence' and ours(tgrelid)
     union all select 'rule ' || pg_get_ruledef(oid) || ' ' || ev_enabled::text from pg_rewrite where ours(ev_class)
     union all select 'column ' || attrelid::regclass || ' ' || attname || ' ' || format_type(atttypid, atttypmod) || ' ' || attnotnull
             || ' ' || attidentity::text || ' ' || attgenerated::text || ' ' || coalesce((select pg_get_expr(adbin, adrelid) from pg_attrdef
