@@ -3,17 +3,26 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use super::journal::Journal;
 use super::sequences::Sequences;
-use super::{Cutover, OWN_WORDS, hook, marker};
-use crate::config::{CutoverVerify, Fence as FenceKind};
+use super::{Cutover, OWN_WORDS, UNHURRIED, hook, marker};
+use crate::config::{CutoverVerify, Fence as FenceKind, WithoutIdentity};
 use crate::error::{Class, Doing, Error, Result};
+use crate::follow::unkeyed;
+use crate::leftover;
 use crate::postgres::{QualifiedName, Session, catalog, quote_identifier};
 use crate::state::Store;
 use crate::verify::{Comparison, Depth};
 
 /// What is ready before writers wait: connections, names, plans.
 pub(super) struct Ahead {
-    pub(super) moved: Vec<QualifiedName>,
+    /// The tables that the fence is for.
+    pub(super) fenced: Vec<QualifiedName>,
+    /// Whether the fence can and shall stop writes to large objects too.
+    pub(super) lock_objects: bool,
+    /// What is carried behind the fence, and how long that will take.
+    pub(super) rest: Option<leftover::Rest>,
+    expected: Duration,
     pub(super) marker: Session,
     pub(super) sequences: Sequences,
     pub(super) comparison: Option<Comparison>,
@@ -68,8 +77,50 @@ impl Cutover<'_> {
             .hint(format!("ALTER SUBSCRIPTION {} DISABLE, then cut over", quote_identifier(&name))))
     }
 
+    /// What carrying needs to know.
+    pub(super) fn leftover(&self, cutover: i64) -> leftover::Context<'_> {
+        leftover::Context {
+            config: self.config,
+            source: self.source,
+            target: self.target,
+            store: self.store,
+            epoch: self.epoch,
+            cutover,
+        }
+    }
+
+    /// The steps that take as long as they take: what the stream does not carry, and then the materialized views, which may
+    /// read it.
+    pub(super) async fn carry_ahead(&self, journal: &mut Journal) -> Result<leftover::Ahead> {
+        let context = self.leftover(journal.id);
+        let unhurried = Instant::now() + UNHURRIED;
+        let carry = async {
+            let mut ahead = leftover::Ahead::find(&context).await?;
+            let told = if ahead.is_nothing() {
+                "the stream carries everything".to_owned()
+            } else {
+                ahead.carry(&context, self.telemetry).await?.to_string()
+            };
+            Ok((ahead, Some(told)))
+        };
+        let ahead = journal.step_told("carry", unhurried, carry).await?;
+        if self.config.cutover.refresh {
+            let refresh = async {
+                let count = leftover::refresh(&context, self.telemetry).await?;
+                Ok(((), Some(format!("{count} materialized views"))))
+            };
+            journal.step_told("refresh", unhurried, refresh).await?;
+        } else {
+            journal.skip("refresh", "cutover.refresh = false");
+        }
+        Ok(ahead)
+    }
+
     /// Everything that can be had before writers wait.
-    pub(super) async fn connect_ahead(&self) -> Result<Ahead> {
+    pub(super) async fn connect_ahead(&self, id: i64, left: leftover::Ahead, deadline: Instant) -> Result<Ahead> {
+        // What came before may have taken long, and the target may lag behind by now.
+        self.ready(deadline).await?;
+        let context = self.leftover(id);
         let moved: Vec<QualifiedName> = self.store.tables().await?.into_iter().map(|table| table.name).collect();
         let comparison = match self.config.cutover.verify {
             CutoverVerify::Off => None,
@@ -78,12 +129,18 @@ impl Cutover<'_> {
         };
         let release = Store::new(self.target.clone(), self.config.name.clone());
         release.exists().await?;
+        let rest = if left.is_nothing() { None } else { Some(left.connect(&context).await?) };
+        let lock_objects = left.has_objects() && self.may_lock_objects().await?;
+        let fenced = moved.iter().chain(left.unlogged()).cloned().collect();
         Ok(Ahead {
+            rest,
+            expected: left.expected(),
+            lock_objects,
+            fenced,
             marker: self.source.connect("marker").await?,
             sequences: Sequences::prepare(self.source, self.target, &self.config.scope).await?,
             comparison,
             release,
-            moved,
             addresses: hook::Addresses::find(self.source, self.target).await,
         })
     }
@@ -107,9 +164,53 @@ impl Cutover<'_> {
         Ok(())
     }
 
-    /// Reads the source once as the comparison will: one that cannot be done in a third of the time that is left is
-    /// refused before anybody waits for it.
-    pub(super) async fn estimate(&self, comparison: &Comparison, deadline: Instant) -> Result<()> {
+    /// Whether the source lets us lock large objects against writes, which takes a superuser.
+    async fn may_lock_objects(&self) -> Result<bool> {
+        let session = self.source.connect("fence").await?;
+        let may: bool = session
+            .query_one("SELECT pg_catalog.has_table_privilege('pg_catalog.pg_largeobject_metadata', 'UPDATE')", &[])
+            .await
+            .doing(|| "asking whether large objects can be locked")?
+            .try_get(0)?;
+        if !may {
+            tracing::warn!(
+                "the source's role may not lock large objects: the fence does not keep others from making and removing them"
+            );
+        }
+        Ok(may)
+    }
+
+    /// What cannot be done in a third of the time that is left is refused before anybody waits for it.
+    pub(super) async fn estimate(&self, ahead: &Ahead, deadline: Instant) -> Result<()> {
+        let budget = deadline.saturating_duration_since(Instant::now()) / 3;
+        if ahead.rest.is_some() && ahead.expected > budget {
+            let message = format!(
+                "comparing what the stream does not carry takes about {:.1} s; a third of the time is {:.1} s",
+                ahead.expected.as_secs_f64(),
+                budget.as_secs_f64()
+            );
+            return Err(Error::new(Class::No, "carry_too_slow", message).hint(
+                "raise cutover.timeout, exclude the largest unlogged tables, set move.large_objects = false, or give \
+                 tables without a replica identity one",
+            ));
+        }
+        match &ahead.comparison {
+            Some(comparison) => self.rehearse_verify(comparison, deadline).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The proof for tables without a replica identity whose differences are not carried.
+    pub(super) async fn watch(&self, journal: &mut Journal, deadline: Instant) -> Result<()> {
+        if self.config.follow.without_identity == WithoutIdentity::Copy {
+            journal.skip("watch", "follow.without_identity = \"copy\": what differed was carried");
+            return Ok(());
+        }
+        journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await
+    }
+
+    /// Reads the source once as the comparison will.
+    async fn rehearse_verify(&self, comparison: &Comparison, deadline: Instant) -> Result<()> {
         let budget = deadline.saturating_duration_since(Instant::now()) / 3;
         match tokio::time::timeout(budget, comparison.rehearse()).await {
             Ok(done) => done,

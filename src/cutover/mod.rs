@@ -9,18 +9,24 @@
 //! | step | what happens | writes |
 //! |---|---|---|
 //! | `ready` | lag below `cutover.max_lag`, nothing blocks | flow |
-//! | `connect` | every connection that is needed behind the fence | flow |
-//! | `estimate` | whether `cutover.verify` fits into the time | flow |
+//! | `carry` | what the stream does not carry, as near as it gets: [`leftover`](crate::leftover) | flow |
+//! | `refresh` | the materialized views of the target | flow |
+//! | `connect` | ready still; every connection that is needed behind the fence | flow |
+//! | `estimate` | whether `rest` and `cutover.verify` fit into the time | flow |
 //! | `prepare` | triggers for the fence, one table at a time | flow |
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
 //! | `sequences` | read and set: [`sequences`] | wait |
-//! | `watch` | no table without a replica identity differs: [`unkeyed`] | wait |
+//! | `rest` | what the stream does not carry, exactly: [`leftover`](crate::leftover) | wait |
+//! | `watch` | no table without a replica identity differs: [`unkeyed`](crate::follow::unkeyed) | wait |
 //! | `verify` | `cutover.verify` | wait |
 //! | `release` | foreign keys, triggers and rules of the target on | wait |
 //! | `decide` | the journal says `switching` | wait |
 //! | `seal` | the source refuses writes for good | refused |
 //! | `switch` | `cutover.hook` | refused, then on the target |
+//!
+//! `carry` and `refresh` take as long as they take: they may move gigabytes, and nobody waits for them. So the timeout
+//! counts for `ready` alone at first, and anew from `connect` on, where it bounds all that writers could notice.
 //!
 //! # While writers wait
 //!
@@ -58,7 +64,7 @@ pub use recovery::{Recovered, error_json, recover, refusal};
 
 use crate::config::{Config, Fence as FenceKind};
 use crate::error::{Class, Error, Result};
-use crate::follow::{Durable, Gate, MarkerWatch, unkeyed};
+use crate::follow::{Durable, Gate, MarkerWatch};
 use crate::postgres::Server;
 use crate::state::{CutoverState, Phase, Store};
 use crate::telemetry::Telemetry;
@@ -72,6 +78,11 @@ const OWN_WORDS: Duration = Duration::from_millis(300);
 const RELEASE_LOCKS: Duration = Duration::from_millis(1500);
 /// How long the last words of the journal may take.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Steps for which nobody waits: they take as long as they take.
+pub const UNHURRIED_STEPS: [&str; 2] = ["carry", "refresh"];
+/// Their limit.
+const UNHURRIED: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Everything a cutover needs. Following goes on beside it.
 pub struct Cutover<'a> {
@@ -105,17 +116,17 @@ pub struct Switched {
 }
 
 impl Cutover<'_> {
-    /// Switches over within `timeout`, counted from here.
+    /// Switches over. `timeout` is how long it waits to be ready, and then, once what can be carried before was carried,
+    /// counts for all the rest.
     ///
     /// # Errors
     /// Class no: it did not happen, writes on the source are on and following goes on. Any other class: what it left must
     /// be undone or finished by [`recover`], which is to be called until it succeeds.
     pub async fn run(&self, request: Option<i64>, timeout: Duration) -> Result<Switched> {
-        let deadline = Instant::now() + timeout;
         let id = self.store.begin_cutover(request, self.epoch).await?;
         self.telemetry.cutover(None);
         let (mut journal, writer) = Journal::begin(self, id);
-        let outcome = self.steps(&mut journal, deadline).await;
+        let outcome = self.steps(&mut journal, timeout).await;
         drop(journal);
         // Before the journal's last words: a death from here on must not run the hook again.
         let concluded = match &outcome {
@@ -141,24 +152,32 @@ impl Cutover<'_> {
         persistently("written down as done", async || self.store.conclude_cutover(id, self.epoch, seconds).await).await
     }
 
-    async fn steps(&self, journal: &mut Journal, deadline: Instant) -> Result<Switched> {
+    async fn steps(&self, journal: &mut Journal, timeout: Duration) -> Result<Switched> {
         let name = self.config.name.as_str();
         let names = fence::Names::of(name);
-        let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
+        let deadline = Instant::now() + timeout;
         journal.step("ready", deadline, self.ready(deadline)).await?;
+        let left = self.carry_ahead(journal).await?;
+        // From here on the time counts that writers could notice.
+        let deadline = Instant::now() + timeout;
+        let patience = deadline.checked_sub(OWN_WORDS).unwrap_or(deadline);
+        let ahead = journal.step("connect", deadline, self.connect_ahead(journal.id, left, deadline)).await?;
         // Not before: readiness is a matter of following.
         self.telemetry.phase(Phase::Cutover);
-        let ahead = journal.step("connect", deadline, self.connect_ahead()).await?;
-        if let Some(comparison) = &ahead.comparison {
-            journal.step("estimate", deadline, self.estimate(comparison, deadline)).await?;
+        if ahead.comparison.is_some() || ahead.rest.is_some() {
+            journal.step("estimate", deadline, self.estimate(&ahead, deadline)).await?;
         }
         let closed = if self.config.cutover.fence == FenceKind::Lock {
             let prepared = async {
-                let tables = fence::tables(self.source, &ahead.moved).await?;
+                let tables = fence::tables(self.source, &ahead.fenced).await?;
                 fence::prepare(self.source, &names, &tables, patience).await.map(|()| tables)
             };
             let tables = journal.step("prepare", deadline, prepared).await?;
-            Some(journal.step("fence", deadline, fence::close(self.source, &tables, patience)).await?)
+            Some(
+                journal
+                    .step("fence", deadline, fence::close(self.source, &tables, ahead.lock_objects, patience))
+                    .await?,
+            )
         } else {
             journal.skip("fence", "cutover.fence = \"none\": you have stopped the writes");
             None
@@ -194,7 +213,12 @@ impl Cutover<'_> {
     async fn behind_the_fence(&self, journal: &mut Journal, mut ahead: Ahead, deadline: Instant) -> Result<()> {
         journal.step("drain", deadline, self.drain(&mut ahead.marker, deadline)).await?;
         journal.step("sequences", deadline, ahead.sequences.carry()).await?;
-        journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await?;
+        if let Some(rest) = ahead.rest {
+            let context = self.leftover(journal.id);
+            let carried = async { Ok(((), Some(rest.carry(&context, deadline).await?.to_string()))) };
+            journal.step_told("rest", deadline, carried).await?;
+        }
+        self.watch(journal, deadline).await?;
         match ahead.comparison {
             Some(comparison) => journal.step("verify", deadline, self.verify(comparison)).await?,
             None => journal.skip("verify", "cutover.verify = \"off\""),

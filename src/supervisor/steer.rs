@@ -90,7 +90,7 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         tokio::select! {
             decision = self.take_requests() => decision,
-            never = lookout::run(&s.source, &s.target, &s.store, &s.telemetry) => match never {},
+            never = lookout::run(s.config, &s.source, &s.target, &s.store, &s.telemetry) => match never {},
         }
     }
 
