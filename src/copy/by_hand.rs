@@ -64,5 +64,6 @@ pub async fn accept(store: &Store) -> Result<()> {
         // The copy goes on under a newer cut, which only tables of a later day need.
         return Ok(());
     }
+    store.adopt_large_objects().await?;
     store.record_all_copied(lsn).await.doing(|| "taking over the copy made by hand")
 }

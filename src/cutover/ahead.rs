@@ -39,6 +39,7 @@ impl Cutover<'_> {
     pub async fn rehearse(&self, timeout: Duration) -> Result<Duration> {
         let deadline = Instant::now() + timeout;
         self.ready(deadline).await?;
+        leftover::Ahead::find(&self.leftover(0)).await?;
         let mut session = self.source.connect("marker").await?;
         let began = Instant::now();
         self.drain(&mut session, deadline).await?;
@@ -121,6 +122,7 @@ impl Cutover<'_> {
         // What came before may have taken long, and the target may lag behind by now.
         self.ready(deadline).await?;
         let context = self.leftover(id);
+        left.still(&context).await?;
         let moved: Vec<QualifiedName> = self.store.tables().await?.into_iter().map(|table| table.name).collect();
         let comparison = match self.config.cutover.verify {
             CutoverVerify::Off => None,

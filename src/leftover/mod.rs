@@ -144,7 +144,9 @@ impl Ahead {
     pub async fn find(context: &Context<'_>) -> Result<Self> {
         let (source, target) = tokio::try_join!(context.source.connect("carry"), context.target.connect("carry"))?;
         // A server goes on for a while with what it was told by a daemon that is gone.
-        target.end_others(&context.target.application_name("carry")).await.doing(|| "ending an earlier pass")?;
+        for (session, server) in [(&source, context.source), (&target, context.target)] {
+            session.end_others(&server.application_name("carry")).await.doing(|| "ending an earlier pass")?;
+        }
         let scope = &context.config.scope;
         let mut tables: Vec<Leftover> = catalog::unlogged_tables(&*source)
             .await?
@@ -167,6 +169,22 @@ impl Ahead {
         same_shape(&target, &tables).await?;
         let objects = context.config.large_objects && objects::any(&source, context.store).await?;
         Ok(Self { tables, objects, expected: Duration::ZERO })
+    }
+
+    /// Refuses if something else is left over by now than what was found before.
+    ///
+    /// # Errors
+    /// Class no: a table came, went or changed. Those of [`Ahead::find`].
+    pub async fn still(&self, context: &Context<'_>) -> Result<()> {
+        let now = Self::find(context).await?;
+        let shape = |left: &Leftover| (left.table.oid, left.table.name.clone(), left.table.columns.clone());
+        let (before, after): (Vec<_>, Vec<_>) =
+            (self.tables.iter().map(shape).collect(), now.tables.iter().map(shape).collect());
+        let changed = after.iter().find(|one| !before.contains(one)).or(before.iter().find(|one| !after.contains(one)));
+        let Some((_, name, _)) = changed else { return Ok(()) };
+        let message = format!("table {} came, went or was altered while the cutover was prepared", name.plain());
+        Err(Error::new(Class::No, "leftover_shape", message)
+            .hint("cut over again, and leave the schema alone meanwhile"))
     }
 
     /// Whether there is nothing to carry.
@@ -269,12 +287,11 @@ impl Rest {
                     tracing::info!(table = %left.table.name.plain(), rows = carried.rows, gone = carried.gone, bytes = carried.bytes, "carried rows that are in no stream");
                 }
                 self.pairs.lock().await.push(pair);
-                Ok(carried)
+                Ok::<_, Error>(carried)
             })
             .buffer_unordered(self.at_once)
-            .try_collect::<Vec<_>>()
-            .await
-            .map_err(|error: Error| error)?;
+            .try_collect()
+            .await?;
         let mut all = Carried::default();
         rows.into_iter().for_each(|carried| all += carried);
         if let Some(objects) = &self.objects
@@ -285,6 +302,10 @@ impl Rest {
         Ok(all)
     }
 }
+
+/// A server that works for a client that is gone notices it in time, where it can.
+const NOTICE_OUR_END: &str = "SELECT pg_catalog.set_config(name, '5s', false) FROM pg_catalog.pg_settings
+    WHERE name = 'client_connection_check_interval'";
 
 /// `$1` schemas, `$2` names. The stored columns of tables of the target, in the order of their names.
 const COLUMNS: &str = "

@@ -113,7 +113,13 @@ impl Objects {
     pub(super) async fn connect(context: &Context<'_>, at_once: usize) -> Result<Self> {
         let mut pairs = Vec::new();
         for _ in 0..at_once {
-            pairs.push(tokio::try_join!(context.source.connect("carry"), context.target.connect("carry"))?);
+            let pair = tokio::try_join!(context.source.connect("carry"), context.target.connect("carry"))?;
+            for side in [&pair.0, &pair.1] {
+                if let Err(error) = side.batch_execute(super::NOTICE_OUR_END).await {
+                    tracing::debug!(%error, "the server would not notice our end");
+                }
+            }
+            pairs.push(pair);
         }
         Ok(Self { pairs: Mutex::new(pairs), at_once })
     }

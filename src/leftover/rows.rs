@@ -39,7 +39,17 @@ pub(super) struct Pair {
 impl Pair {
     pub(super) async fn connect(context: &Context<'_>) -> Result<Self> {
         let connect = |server| Wire::connect(server, "carry", Mode::Sql, &[]);
-        let (source, mut target) = tokio::try_join!(connect(context.source), connect(context.target))?;
+        let (mut source, mut target) = tokio::try_join!(connect(context.source), connect(context.target))?;
+        for side in [&mut source, &mut target] {
+            match side.query(super::NOTICE_OUR_END).await {
+                Ok(_) => {}
+                // Not every operating system can tell.
+                Err(error) if error.sqlstate().is_some() => {
+                    tracing::debug!(%error, "the server would not notice our end")
+                }
+                Err(error) => return Err(error),
+            }
+        }
         // Foreign keys of the target must not look at rows that come one table after the other. A role that may not say so
         // has none there before the release.
         match target.query("SET session_replication_role = replica").await {

@@ -4,6 +4,7 @@ use super::Finding;
 use super::finding::kinds;
 use super::look::{Attempt, Look};
 use super::privileges::text;
+use crate::config::CopyMethod;
 use crate::error::Result;
 use crate::postgres::{Side, quote_identifier};
 
@@ -34,6 +35,10 @@ const PROBE: &str = "SELECT pg_catalog.lo_put(pg_catalog.lo_create(0), 0, 'x')";
 
 const MAY_LOCK: &str = "SELECT pg_catalog.has_table_privilege('pg_catalog.pg_largeobject_metadata', 'UPDATE')";
 
+/// A target that is new has none; of one that has a great many, the cutover itself finds the rest.
+const SOME: &str = "SELECT oid FROM pg_catalog.pg_largeobject_metadata ORDER BY oid LIMIT 10000";
+const OF_THESE: &str = "SELECT oid::text FROM pg_catalog.pg_largeobject_metadata WHERE oid = ANY ($1) ORDER BY oid";
+
 /// So many are named.
 const NAMED: usize = 20;
 
@@ -57,6 +62,11 @@ kinds! {
         what: "the target takes no large objects from its role",
         why: "some services refuse them",
         fix: "move their content to a bytea column (lo_get), and set move.large_objects = false",
+    }
+    TAKEN_OBJECTS = Blocking "large_objects_taken" {
+        what: "the target has large objects under identifiers that the source uses",
+        why: "large objects keep their identifiers, because columns hold them; what the move did not make is never overwritten",
+        fix: "SELECT lo_unlink(…) on the target if nobody needs them, or move.large_objects = false",
     }
     UNFENCED_OBJECTS = Warning "large_objects_unfenced" {
         what: "the source's role may not lock large objects",
@@ -100,10 +110,24 @@ pub(super) async fn on_target(look: &Look<'_>) -> Result<Vec<Finding>> {
     if !look.config.large_objects || look.source.count(COUNT).await? == 0 {
         return Ok(Vec::new());
     }
-    match look.target.attempt(PROBE).await? {
-        Attempt::Allowed => Ok(Vec::new()),
-        Attempt::Refused(words) => Ok(vec![REFUSED_OBJECTS.on(Side::Target, words)]),
+    if let Attempt::Refused(words) = look.target.attempt(PROBE).await? {
+        return Ok(vec![REFUSED_OBJECTS.on(Side::Target, words)]);
     }
+    // Those of a move that has begun are its own, and so are those of a copy made by hand.
+    if look.begun || look.config.copy.method == CopyMethod::None {
+        return Ok(Vec::new());
+    }
+    let rows = look.target.client.query(SOME, &[]).await?;
+    let theirs = rows.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<Vec<u32>>>()?;
+    let rows = look.source.client.query(OF_THESE, &[&theirs]).await?;
+    let taken = rows.iter().map(|row| text(row, 0)).collect::<Result<Vec<_>>>()?;
+    if taken.is_empty() {
+        return Ok(Vec::new());
+    }
+    let what = format!("the target has {} large objects under identifiers of the source", taken.len());
+    let fix = taken.iter().map(|oid| format!("SELECT lo_unlink({oid});")).collect::<Vec<_>>().join("\n");
+    let objects = taken.into_iter().take(NAMED).collect();
+    Ok(vec![TAKEN_OBJECTS.on(Side::Target, what).fix(fix).objects(objects)])
 }
 
 /// The roles that carried objects name: each, and whether it owns one.

@@ -117,6 +117,20 @@ impl Store {
         .doing(|| format!("remembering the counter of table {}", table.plain()))
     }
 
+    /// Takes every large object of the target over as the move's own: they are part of a copy made by hand.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn adopt_large_objects(&self) -> Result<()> {
+        self.execute(&format!(
+            "INSERT INTO pgtandem.large_object (move, loid)
+             SELECT {}, oid FROM pg_catalog.pg_largeobject_metadata ON CONFLICT DO NOTHING",
+            quote_literal(self.name.as_str())
+        ))
+        .await
+        .doing(|| "taking over the large objects that were copied by hand")
+    }
+
     /// Whether the move has made large objects on the target.
     ///
     /// # Errors

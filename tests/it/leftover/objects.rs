@@ -44,7 +44,7 @@ async fn arrive(sides: Sides, owner: Database, roles: bool) {
         }
         owner
             .execute(
-                "grant select on large object 1002 to reader, public; grant all on large object 1003 to other with grant option;
+                "grant select on large object 1005 to reader, public; grant all on large object 1003 to other with grant option;
                  alter large object 1004 owner to \"Odd owner\"; revoke update on large object 1004 from \"Odd owner\";
                  comment on large object 1004 is 'of another'",
             )
@@ -67,7 +67,7 @@ async fn arrive(sides: Sides, owner: Database, roles: bool) {
     play(2).await;
     if roles {
         owner
-            .execute("revoke select on large object 1002 from public; grant update on large object 1002 to other; comment on large object 1004 is null")
+            .execute("revoke select on large object 1005 from public; grant update on large object 1005 to other; comment on large object 1004 is null")
             .await;
     }
     daemon.terminate();
@@ -195,6 +195,34 @@ async fn a_death_while_an_object_travels_leaves_no_half_of_it() {
     let answer = asking.wait(PATIENCE).await;
     assert_eq!(answer.code, Some(1), "{answer}");
     sides.follows(&daemon).await;
+    sides.cut_over(daemon).await;
+    assert_eq!(described(&sides.to).await, described(&sides.from).await);
+}
+
+/// Whoever copies by hand, as `snapshot` says, has copied the large objects as well.
+#[tokio::test]
+async fn objects_that_were_copied_by_hand_are_the_moves_own() {
+    let sides = Sides::new(versions_under_test()).await;
+    sides
+        .from
+        .execute("create table t (id int primary key); select lo_from_bytea(4711, 'before'), lo_create(4712)")
+        .await;
+    sides
+        .to
+        .execute("create table t (id int primary key); select lo_from_bytea(4711, 'before'), lo_create(4712)")
+        .await;
+    // The daemon would say so before it began, were they not part of a copy.
+    let checked = sides.pgtandem.run(&["check"]).await;
+    assert!(checked.stdout.contains("SELECT lo_unlink(4711);"), "{checked}");
+    let sides = sides.configured("[copy]\nmethod = 'none'");
+    sides.to.execute("drop table t").await;
+    let mut holding = sides.pgtandem.spawn(&["snapshot"]);
+    wait_until("the snapshot is printed", PATIENCE, async || holding.stdout().contains("snapshot ")).await;
+    assert!(holding.is_running());
+    holding.terminate();
+    sides.to.execute("create table t (id int primary key)").await;
+    let daemon = sides.following().await;
+    sides.from.execute("select lo_put(4711, 0, 'after!'), lo_unlink(4712)").await;
     sides.cut_over(daemon).await;
     assert_eq!(described(&sides.to).await, described(&sides.from).await);
 }

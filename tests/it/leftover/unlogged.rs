@@ -18,7 +18,7 @@ const CONTENT: &str = r#"
     create unlogged table nothing ();
     create unlogged table parent (id int primary key);
     create unlogged table child (id int primary key, parent int references parent on delete cascade, up int references child on delete set null);
-    create table mixed (id int, v text) partition by range (id);
+    create table mixed (id int primary key, v text) partition by range (id);
     create table mixed_1 partition of mixed for values from (0) to (100);
     create unlogged table mixed_2 partition of mixed for values from (100) to (200);
     create unlogged table heirs () inherits (bare);
@@ -231,14 +231,14 @@ async fn a_table_too_large_for_the_timeout_is_refused_before_the_fence() {
         .from
         .execute(
             "create unlogged table big (id int, v text);
-             insert into big select i, repeat(md5(i::text), 20) from generate_series(1, 300000) i;
+             insert into big select i, repeat(md5(i::text), 20) from generate_series(1, 400000) i;
              create table t (id int primary key)",
         )
         .await;
     let daemon = sides.following().await;
     let ready = sides.pgtandem.run(&["cutover", "--dry-run", "--timeout", "60s"]).await;
     assert_eq!(ready.code, Some(0), "{ready}");
-    let refused = sides.ask("1s").await;
+    let refused = sides.ask("2s").await;
     assert!(refused.code == Some(1) && refused.stderr.contains("takes about"), "{refused}");
     assert!(!refused.stdout.contains("fence"), "{refused}");
     sides.cut_over(daemon).await;
