@@ -20,9 +20,8 @@ pub(super) struct Ahead {
     pub(super) fenced: Vec<QualifiedName>,
     /// Whether the fence can and shall stop writes to large objects too.
     pub(super) lock_objects: bool,
-    /// What is carried behind the fence, and how long that will take.
+    /// What is carried behind the fence.
     pub(super) rest: Option<leftover::Rest>,
-    expected: Duration,
     pub(super) marker: Session,
     pub(super) sequences: Sequences,
     pub(super) comparison: Option<Comparison>,
@@ -119,6 +118,7 @@ impl Cutover<'_> {
 
     /// Everything that can be had before writers wait.
     pub(super) async fn connect_ahead(&self, id: i64, left: leftover::Ahead, deadline: Instant) -> Result<Ahead> {
+        Self::fits(&left, deadline)?;
         // What came before may have taken long, and the target may lag behind by now.
         self.ready(deadline).await?;
         let context = self.leftover(id);
@@ -136,7 +136,6 @@ impl Cutover<'_> {
         let fenced = moved.iter().chain(left.unlogged()).cloned().collect();
         Ok(Ahead {
             rest,
-            expected: left.expected(),
             lock_objects,
             fenced,
             marker: self.source.connect("marker").await?,
@@ -182,24 +181,21 @@ impl Cutover<'_> {
         Ok(may)
     }
 
-    /// What cannot be done in a third of the time that is left is refused before anybody waits for it.
-    pub(super) async fn estimate(&self, ahead: &Ahead, deadline: Instant) -> Result<()> {
+    /// What cannot be done in a third of the time is refused before anybody waits for it.
+    fn fits(left: &leftover::Ahead, deadline: Instant) -> Result<()> {
         let budget = deadline.saturating_duration_since(Instant::now()) / 3;
-        if ahead.rest.is_some() && ahead.expected > budget {
-            let message = format!(
-                "comparing what the stream does not carry takes about {:.1} s; a third of the time is {:.1} s",
-                ahead.expected.as_secs_f64(),
-                budget.as_secs_f64()
-            );
-            return Err(Error::new(Class::No, "carry_too_slow", message).hint(
-                "raise cutover.timeout, exclude the largest unlogged tables, set move.large_objects = false, or give \
-                 tables without a replica identity one",
-            ));
+        if left.expected() <= budget {
+            return Ok(());
         }
-        match &ahead.comparison {
-            Some(comparison) => self.rehearse_verify(comparison, deadline).await,
-            None => Ok(()),
-        }
+        let message = format!(
+            "comparing what the stream does not carry takes about {:.1} s; a third of the time is {:.1} s",
+            left.expected().as_secs_f64(),
+            budget.as_secs_f64()
+        );
+        Err(Error::new(Class::No, "carry_too_slow", message).hint(
+            "raise cutover.timeout, exclude the largest unlogged tables, set move.large_objects = false, or give tables \
+             without a replica identity one",
+        ))
     }
 
     /// The proof for tables without a replica identity whose differences are not carried.
@@ -211,8 +207,9 @@ impl Cutover<'_> {
         journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await
     }
 
-    /// Reads the source once as the comparison will.
-    async fn rehearse_verify(&self, comparison: &Comparison, deadline: Instant) -> Result<()> {
+    /// Reads the source once as the comparison will: one that cannot be done in a third of the time that is left is
+    /// refused before anybody waits for it.
+    pub(super) async fn estimate(&self, comparison: &Comparison, deadline: Instant) -> Result<()> {
         let budget = deadline.saturating_duration_since(Instant::now()) / 3;
         match tokio::time::timeout(budget, comparison.rehearse()).await {
             Ok(done) => done,

@@ -11,8 +11,8 @@
 //! | `ready` | lag below `cutover.max_lag`, nothing blocks | flow |
 //! | `carry` | what the stream does not carry, as near as it gets: [`leftover`](crate::leftover) | flow |
 //! | `refresh` | the materialized views of the target | flow |
-//! | `connect` | ready still; every connection that is needed behind the fence | flow |
-//! | `estimate` | whether `rest` and `cutover.verify` fit into the time | flow |
+//! | `connect` | ready still, `rest` fits into the time; every connection that is needed behind the fence | flow |
+//! | `estimate` | whether `cutover.verify` fits into the time | flow |
 //! | `prepare` | triggers for the fence, one table at a time | flow |
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
@@ -164,8 +164,8 @@ impl Cutover<'_> {
         let ahead = journal.step("connect", deadline, self.connect_ahead(journal.id, left, deadline)).await?;
         // Not before: readiness is a matter of following.
         self.telemetry.phase(Phase::Cutover);
-        if ahead.comparison.is_some() || ahead.rest.is_some() {
-            journal.step("estimate", deadline, self.estimate(&ahead, deadline)).await?;
+        if let Some(comparison) = &ahead.comparison {
+            journal.step("estimate", deadline, self.estimate(comparison, deadline)).await?;
         }
         let closed = if self.config.cutover.fence == FenceKind::Lock {
             let prepared = async {
@@ -217,6 +217,8 @@ impl Cutover<'_> {
             let context = self.leftover(journal.id);
             let carried = async { Ok(((), Some(rest.carry(&context, deadline).await?.to_string()))) };
             journal.step_told("rest", deadline, carried).await?;
+        } else {
+            journal.skip("rest", "the stream carries everything");
         }
         self.watch(journal, deadline).await?;
         match ahead.comparison {

@@ -45,7 +45,7 @@ impl Pair {
                 Ok(_) => {}
                 // Not every operating system can tell.
                 Err(error) if error.sqlstate().is_some() => {
-                    tracing::debug!(%error, "the server would not notice our end")
+                    tracing::debug!(%error, "the server would not notice our end");
                 }
                 Err(error) => return Err(error),
             }
