@@ -122,22 +122,27 @@ pub(crate) fn is_schema_change(error: &Error) -> bool {
 pub(crate) fn added(table: &QualifiedName) -> Error {
     let message = format!("the source has a new table, {}, which the move does not know", table.plain());
     Error::new(Class::Operator, "table_added", message)
-        .hint("create it on the target as it is on the source and start again: its rows are copied then; or exclude it")
+        .hint(format!(
+            "create it on the target as it is on the source, and its rows are copied: pg_dump --schema-only --table='{table}' \
+             on the source, into psql on the target. Or exclude it"
+        ))
 }
 
 /// A table of the move that the source has no more.
 pub(crate) fn dropped(table: &QualifiedName) -> Error {
     let message = format!("the source has no table {} any more", table.plain());
     Error::new(Class::Operator, "table_dropped", message)
-        .hint(format!("drop or rename it on the target as on the source ({table}), and start again"))
+        .hint(format!("drop or rename it on the target as on the source: DROP TABLE {table}"))
 }
 
 /// A table of the move whose changes do not reach the stream.
 pub(crate) fn unpublished(table: &QualifiedName) -> Error {
     let message = format!("the changes of table {} are not published any more", table.plain());
-    Error::new(Class::Operator, "table_not_published", message).hint(format!(
-        "it was dropped and made again, or someone altered the publication: changes are missing. See that the target's \
+    Error::new(Class::Operator, "table_not_published", message).hint(
+        format!(
+            "it was dropped and made again, or someone altered the publication: changes are missing. See that the target's \
              table has the same shape, then `pgtandem resync {}` copies it again",
-        table.plain()
-    ))
+            table.plain()
+        ),
+    )
 }

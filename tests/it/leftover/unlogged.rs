@@ -189,7 +189,7 @@ async fn a_death_while_rows_travel_changes_nothing() {
 
 #[tokio::test]
 async fn what_the_target_lacks_refuses_the_cutover_by_name() {
-    let sides = Sides::new(versions_under_test()).await;
+    let sides = Sides::new(versions_under_test()).await.configured("[follow]\nddl = 'stop'");
     sides.from.execute("create unlogged table one (id int); create table t (id int primary key)").await;
     let daemon = sides.following().await;
 
