@@ -132,7 +132,7 @@ impl Cutover<'_> {
         let release = Store::new(self.target.clone(), self.config.name.clone());
         release.exists().await?;
         let rest = if left.is_nothing() { None } else { Some(left.connect(&context).await?) };
-        let lock_objects = left.has_objects() && self.may_lock_objects().await?;
+        let lock_objects = left.carries_objects() && self.may_lock_objects(left.has_objects()).await?;
         let fenced = moved.iter().chain(left.unlogged()).cloned().collect();
         Ok(Ahead {
             rest,
@@ -166,14 +166,14 @@ impl Cutover<'_> {
     }
 
     /// Whether the source lets us lock large objects against writes, which takes a superuser.
-    async fn may_lock_objects(&self) -> Result<bool> {
+    async fn may_lock_objects(&self, some: bool) -> Result<bool> {
         let session = self.source.connect("fence").await?;
         let may: bool = session
             .query_one("SELECT pg_catalog.has_table_privilege('pg_catalog.pg_largeobject_metadata', 'UPDATE')", &[])
             .await
             .doing(|| "asking whether large objects can be locked")?
             .try_get(0)?;
-        if !may {
+        if !may && some {
             tracing::warn!(
                 "the source's role may not lock large objects: the fence does not keep others from making and removing them"
             );

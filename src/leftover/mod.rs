@@ -132,7 +132,10 @@ impl fmt::Display for Carried {
 /// What is left over, and how long it took to look at all of it.
 pub struct Ahead {
     tables: Vec<Leftover>,
+    /// Whether large objects are to be carried; also where there are none yet, for the first may come any moment.
     objects: bool,
+    /// Whether there are some.
+    some_objects: bool,
     expected: Duration,
 }
 
@@ -167,8 +170,9 @@ impl Ahead {
         }
         tables.sort_by_key(|left| std::cmp::Reverse(left.table.bytes));
         same_shape(&target, &tables).await?;
-        let objects = context.config.large_objects && objects::any(&source, context.store).await?;
-        Ok(Self { tables, objects, expected: Duration::ZERO })
+        let objects = context.config.large_objects;
+        let some_objects = objects && objects::any(&source, context.store).await?;
+        Ok(Self { tables, objects, some_objects, expected: Duration::ZERO })
     }
 
     /// Refuses if something else is left over by now than what was found before.
@@ -200,8 +204,14 @@ impl Ahead {
 
     /// Whether large objects are carried.
     #[must_use]
-    pub fn has_objects(&self) -> bool {
+    pub fn carries_objects(&self) -> bool {
         self.objects
+    }
+
+    /// Whether there were any when it was looked.
+    #[must_use]
+    pub fn has_objects(&self) -> bool {
+        self.some_objects
     }
 
     /// Brings the target as near as it can while writes flow: again and again, until little is left.
@@ -249,7 +259,8 @@ impl Ahead {
         for _ in 0..workers.min(self.tables.len()) {
             pairs.push(Pair::connect(context).await?);
         }
-        let objects = if self.objects { Some(Objects::connect(context, workers).await?) } else { None };
+        let at_once = if self.some_objects { workers } else { 1 };
+        let objects = if self.objects { Some(Objects::connect(context, at_once).await?) } else { None };
         Ok(Rest { tables: self.tables.clone(), at_once: pairs.len().max(1), pairs: Mutex::new(pairs), objects })
     }
 }
