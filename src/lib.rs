@@ -14,6 +14,7 @@
 //! | [`follow`] | stream → transaction → batch → apply |
 //! | [`verify`] | comparing both sides at a cut |
 //! | [`cutover`] | the steps, the fence, the journal |
+//! | [`leftover`] | what the stream does not carry: unlogged tables, large objects, materialized views |
 //! | [`state`] | the `pgtandem` schema in the target: the only durable memory |
 //! | [`telemetry`] | metrics, status, HTTP, logs, progress bars |
 //! | [`supervisor`] | phases, tasks, restarts |
@@ -38,6 +39,7 @@ pub mod cutover;
 pub mod demo;
 pub mod error;
 pub mod follow;
+pub mod leftover;
 pub mod postgres;
 pub mod preflight;
 pub mod schema;

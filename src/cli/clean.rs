@@ -9,6 +9,7 @@ use crate::config::{Config, MoveName};
 use crate::cutover::fence;
 use crate::error::{Class, Doing as _, Error, Result};
 use crate::follow::ddl::capture::Capture;
+use crate::leftover::identity;
 use crate::postgres::{Server, Side, quote_identifier};
 use crate::state::{MoveRecord, Phase, Store};
 use crate::supervisor;
@@ -36,6 +37,13 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
     refuse_beside_a_daemon(config, &known, &left)?;
     agree(config, args, &known, &left).await?;
     clean_source(&source, &config.name, &left).await?;
+    if let Known::Move { .. } = known {
+        let given = store.given_identities().await?;
+        let count = identity::take_back(&source, &given).await?;
+        if count > 0 {
+            say(&format!("source: brought back the replica identity of {count} tables"))?;
+        }
+    }
     match known {
         Known::Move { record, .. } => clean_target(&store, &record).await?,
         Known::Nothing if left.is_nothing() => say(&format!("nothing of the move {} is there", config.name))?,
@@ -221,7 +229,8 @@ fn target_remains(error: &Error) -> Error {
         "target_not_cleaned",
         format!(
             "the source is clean, but the target could not be asked ({error}). There remain the state of the move in the \
-             schema pgtandem and, before a cutover, disabled triggers, rules, event triggers and GENERATED ALWAYS"
+             schema pgtandem and, before a cutover, disabled triggers, rules, event triggers and GENERATED ALWAYS. \
+             Tables of the source that were given REPLICA IDENTITY FULL keep it (follow.without_identity)"
         ),
     )
     .hint("run `pgtandem clean` again once the target answers; a target that is thrown away needs nothing")

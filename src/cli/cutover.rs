@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::End;
 use crate::config::Config;
+use crate::cutover::UNHURRIED_STEPS;
 use crate::error::{Class, Error, Result};
 use crate::postgres::{Server, Side};
 use crate::state::{Phase, Request, RequestKind, RequestState, Store};
@@ -18,7 +19,8 @@ use crate::state::{Phase, Request, RequestKind, RequestState, Store};
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  pgtandem cutover --dry-run\n  pgtandem cutover --timeout 30s")]
 pub struct Args {
-    /// Lift the fence and go on following if the switch is not done after this; 1s to 1h [default: cutover.timeout]
+    /// Lift the fence and go on following if the switch is not done after this, counted from when all that can be carried
+    /// before was carried; 1s to 1h [default: cutover.timeout]
     #[arg(long, value_name = "DURATION", value_parser = timeout)]
     pub timeout: Option<Duration>,
     /// Say what would be done and what stands in the way; changes nothing
@@ -112,15 +114,21 @@ async fn check_phase(config: &Config, store: &Store) -> Result<()> {
 /// Waits for the answer, and prints the steps as they happen.
 async fn watch(store: &Store, id: i64, timeout: Duration, args: &Args) -> Result<Request> {
     // The daemon keeps to the timeout itself, and then has to undo.
-    let deadline = Instant::now() + NOTICE + timeout + Duration::from_secs(60);
+    let patience = NOTICE + timeout + timeout + Duration::from_secs(60);
+    let mut deadline = Instant::now() + patience;
     let mut printed = 0;
     let mut lost = None;
     loop {
         match store.request(id).await {
             Ok(Some(request)) => {
-                if !args.json && !args.dry_run {
-                    match print_steps(store, id, printed).await {
-                        Ok(count) => printed = count,
+                if !args.dry_run {
+                    match follow_steps(store, id, printed, args.json).await {
+                        Ok(seen) => {
+                            printed = seen.printed;
+                            if seen.unhurried {
+                                deadline = Instant::now() + patience;
+                            }
+                        }
                         Err(error) => lost = Some(error),
                     }
                 }
@@ -146,18 +154,31 @@ async fn watch(store: &Store, id: i64, timeout: Duration, args: &Args) -> Result
     }
 }
 
-/// Prints the steps that ended since; returns how many are printed now.
-async fn print_steps(store: &Store, request: i64, printed: usize) -> Result<usize> {
+/// What a look at the steps found.
+struct Seen {
+    /// How many are printed now.
+    printed: usize,
+    /// One is under way that may take as long as it takes: no timeout counts.
+    unhurried: bool,
+}
+
+/// Prints the steps that ended since, unless nobody is to read them.
+async fn follow_steps(store: &Store, request: i64, printed: usize, silent: bool) -> Result<Seen> {
     let Some(cutover) = store.last_cutover().await?.filter(|cutover| cutover.request_id == Some(request)) else {
-        return Ok(printed);
+        return Ok(Seen { printed, unhurried: false });
     };
+    let running = cutover.steps.iter().find(|step| step.state == "running");
+    let unhurried = running.is_some_and(|step| UNHURRIED_STEPS.contains(&step.name.as_str()));
+    if silent {
+        return Ok(Seen { printed, unhurried });
+    }
     let ended = cutover.steps.iter().take_while(|step| step.state != "running").collect::<Vec<_>>();
     let mut out = std::io::stdout().lock();
     for step in ended.iter().skip(printed) {
         let seconds = step.seconds.map(|seconds| format!("{seconds:.3} s")).unwrap_or_default();
         writeln!(out, "{:<10} {:<8} {seconds:>10}  {}", step.name, step.state, step.detail.as_deref().unwrap_or(""))?;
     }
-    Ok(ended.len().max(printed))
+    Ok(Seen { printed: ended.len().max(printed), unhurried })
 }
 
 async fn report(store: &Store, request: &Request, args: &Args) -> Result<()> {

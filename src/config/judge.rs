@@ -9,7 +9,7 @@ use super::settings::{Problems, Setting, Settings, Value};
 use super::units::{parse_duration, parse_size, show_duration, show_size};
 use super::{
     Config, Copy, CopyMethod, Cutover, CutoverVerify, Ddl, Engine, Fence, Follow, Log, LogFormat, MissingRow, MoveName,
-    Scope, TablePattern,
+    Scope, TablePattern, WithoutIdentity,
 };
 use crate::error::Result;
 use crate::postgres::ConnInfo;
@@ -75,6 +75,7 @@ impl Judge<'_> {
     fn config(&mut self) -> Option<Config> {
         // Each part is judged before any is asked for, so that all problems are found.
         let name = self.parsed("move.name", "must match [a-z0-9_]{1,40}", |text| MoveName::new(text).ok());
+        let large_objects = self.switch("move.large_objects");
         let scope = Scope { include: self.patterns("move.include"), exclude: self.patterns("move.exclude") };
         let source = self.required_url("source.url", "--source");
         let target = self.required_url("target.url", "--target");
@@ -85,6 +86,7 @@ impl Judge<'_> {
         Some(Config {
             name: name?,
             scope,
+            large_objects: large_objects?,
             source: source?,
             target: target?,
             copy: copy?,
@@ -113,6 +115,10 @@ impl Judge<'_> {
         let ddl = self.word("follow.ddl", &[("replicate", Ddl::Replicate), ("stop", Ddl::Stop)]);
         let missing_row =
             self.word("follow.missing_row", &[("stop", MissingRow::Stop), ("record", MissingRow::Record)]);
+        let without_identity = self.word(
+            "follow.without_identity",
+            &[("watch", WithoutIdentity::Watch), ("full", WithoutIdentity::Full), ("copy", WithoutIdentity::Copy)],
+        );
         Some(Follow {
             engine: engine?,
             workers: workers?,
@@ -120,6 +126,7 @@ impl Judge<'_> {
             batch_max_bytes: batch_max_bytes?,
             ddl: ddl?,
             missing_row: missing_row?,
+            without_identity: without_identity?,
         })
     }
 
@@ -133,10 +140,8 @@ impl Judge<'_> {
             "cutover.verify",
             &[("off", CutoverVerify::Off), ("counts", CutoverVerify::Counts), ("full", CutoverVerify::Full)],
         );
-        let reverse = match self.settings.get("cutover.reverse").map(|setting| &setting.value) {
-            Some(Value::Switch(reverse)) => Some(*reverse),
-            _ => None,
-        };
+        let refresh = self.switch("cutover.refresh");
+        let reverse = self.switch("cutover.reverse");
         let hook = self.list("cutover.hook");
         if hook.first().is_some_and(String::is_empty) {
             self.problems.add("cutover.hook: the program's name is empty");
@@ -149,6 +154,7 @@ impl Judge<'_> {
             timeout: timeout?,
             fence: fence?,
             verify: verify?,
+            refresh: refresh?,
             reverse: reverse?,
             hook,
             pgbouncer: pgbouncer?,
@@ -256,6 +262,13 @@ impl Judge<'_> {
             }
         }
         patterns
+    }
+
+    fn switch(&self, path: &str) -> Option<bool> {
+        match self.settings.get(path).map(|setting| &setting.value) {
+            Some(Value::Switch(switch)) => Some(*switch),
+            _ => None,
+        }
     }
 
     /// The value is never repeated: it may hold a password. `Some(None)` is an empty one.

@@ -26,6 +26,8 @@ pub struct Config {
     pub name: MoveName,
     /// Which tables move.
     pub scope: Scope,
+    /// Whether large objects are carried at the cutover.
+    pub large_objects: bool,
     /// Where the data is.
     pub source: ConnInfo,
     /// Where it goes.
@@ -198,6 +200,8 @@ pub struct Follow {
     pub ddl: Ddl,
     /// `follow.missing_row`
     pub missing_row: MissingRow,
+    /// `follow.without_identity`
+    pub without_identity: WithoutIdentity,
 }
 
 /// `follow.engine`
@@ -227,6 +231,17 @@ pub enum MissingRow {
     Record,
 }
 
+/// `follow.without_identity`: what becomes of updates and deletes of tables without a replica identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WithoutIdentity {
+    /// They are watched for; a table that had some refuses the cutover.
+    Watch,
+    /// Such tables are given `REPLICA IDENTITY FULL` on the source, so that they are followed like others.
+    Full,
+    /// The difference is carried behind the fence of the cutover.
+    Copy,
+}
+
 /// How the switch is made.
 #[derive(Clone, Debug)]
 pub struct Cutover {
@@ -238,6 +253,8 @@ pub struct Cutover {
     pub fence: Fence,
     /// `cutover.verify`
     pub verify: CutoverVerify,
+    /// Whether materialized views are refreshed shortly before the fence closes.
+    pub refresh: bool,
     /// Arm the way back before writes are let in.
     pub reverse: bool,
     /// Program and arguments run for the switch; empty: none.

@@ -5,6 +5,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::unkeyed;
+use crate::leftover::identity;
 use crate::postgres::replication::{Cut, Walsender};
 use crate::postgres::{QualifiedName, Server, catalog};
 use crate::state::Store;
@@ -33,7 +34,10 @@ pub async fn offer(
         .hint("go on with `pgtandem run`, or begin anew: `pgtandem clean`, then `pgtandem snapshot`"));
     }
     let session = source.connect("snapshot").await?;
-    let tables = catalog::tables_in_scope(&*session, &config.scope).await?;
+    let mut tables = catalog::tables_in_scope(&*session, &config.scope).await?;
+    if identity::give(config, source, store, &tables).await? {
+        tables = catalog::tables_in_scope(&*session, &config.scope).await?;
+    }
     publication::ensure(source, config, &tables, telemetry).await?;
     unkeyed::remember(source, store, &tables).await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.into_iter().map(|table| (table.name, table.bytes)).collect();
@@ -60,5 +64,6 @@ pub async fn accept(store: &Store) -> Result<()> {
         // The copy goes on under a newer cut, which only tables of a later day need.
         return Ok(());
     }
+    store.adopt_large_objects().await?;
     store.record_all_copied(lsn).await.doing(|| "taking over the copy made by hand")
 }

@@ -89,7 +89,7 @@ pub(super) async fn tables(source: &Server, moved: &[QualifiedName]) -> Result<V
                 "SELECT n.nspname::text, c.relname::text, c.relkind = 'p',
                         ARRAY(SELECT a.relid::oid FROM pg_catalog.pg_partition_ancestors(c.oid) a), c.oid
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {IS_USER_TABLE}
                  ORDER BY 1, 2"
             ),
             &[],
@@ -195,6 +195,10 @@ const OPENING: Duration = Duration::from_secs(1);
 /// How long the end of sessions that may still seal is waited for.
 const ENDING: Duration = Duration::from_secs(5);
 
+/// Whoever makes or removes a large object, or changes its rights, writes to this. The content is elsewhere, but a lock there would
+/// keep readers waiting, for they lock it like writers.
+const LARGE_OBJECTS: &str = "pg_catalog.pg_largeobject_metadata";
+
 /// A closed fence; drops open.
 pub(super) struct Fence {
     session: Session,
@@ -203,11 +207,24 @@ pub(super) struct Fence {
 }
 
 /// Closes the fence: gets every lock in one statement, or gives all of them back and tries again.
-pub(super) async fn close(source: &Server, tables: &[QualifiedName], deadline: Instant) -> Result<Fence> {
+///
+/// `objects`: large objects as well. No trigger can refuse writes to them, so for them it opens when it is sealed.
+pub(super) async fn close(
+    source: &Server,
+    tables: &[QualifiedName],
+    objects: bool,
+    deadline: Instant,
+) -> Result<Fence> {
     let session = source.connect("fence").await?;
     limit(&session, deadline).await?;
-    let list = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
-    let lock = if tables.is_empty() { String::new() } else { format!("LOCK TABLE {list} IN SHARE ROW EXCLUSIVE MODE") };
+    let mut list: Vec<String> = tables.iter().map(|table| format!("ONLY {table}")).collect();
+    if objects {
+        list.push(LARGE_OBJECTS.to_owned());
+    }
+    let lock = match list.join(", ") {
+        list if list.is_empty() => list,
+        list => format!("LOCK TABLE {list} IN SHARE ROW EXCLUSIVE MODE"),
+    };
     for attempt in 0.. {
         let patience = PATIENCE.get(attempt).or(PATIENCE.last()).copied().unwrap_or_default();
         let patience = patience.min(deadline.saturating_duration_since(Instant::now()));
@@ -268,7 +285,7 @@ const HOLDERS: &str = r"
     LEFT JOIN pg_catalog.pg_prepared_xacts p ON l.virtualtransaction = '-1/' || p.transaction::text
     WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
       AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
-      AND l.relation >= 16384
+      AND (l.relation >= 16384 OR l.relation = 'pg_catalog.pg_largeobject_metadata'::pg_catalog.regclass)
       AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
     LIMIT 10";
 

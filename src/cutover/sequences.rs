@@ -18,7 +18,8 @@ pub(super) struct Sequences {
 }
 
 impl Sequences {
-    /// Finds the sequences in scope: one that belongs to a table moves with it, any other by its own name.
+    /// Finds the sequences that move: one that belongs to a table moves with it; any other does where the target has it, for
+    /// its definition travels whatever the scope says, and must not be missing where its name is in scope.
     pub(super) async fn prepare(source: &Server, target: &Server, scope: &Scope) -> Result<Self> {
         let (source, target) = tokio::try_join!(source.connect("sequences"), target.connect("sequences"))?;
         let (wanted, present) = tokio::try_join!(catalog::sequence_names(&*source), catalog::sequence_names(&*target))?;
@@ -28,7 +29,8 @@ impl Sequences {
             .into_iter()
             .filter(|sequence| {
                 let table = sequence.owner.as_ref().and_then(|owner| tables.get(owner));
-                table.map_or_else(|| scope.contains(&sequence.name, &[]), |table| table.travels)
+                let alone = || scope.contains(&sequence.name, &[]) || present.contains(&sequence.name);
+                table.map_or_else(alone, |table| table.travels)
             })
             .map(|sequence| sequence.name)
             .collect();
@@ -39,6 +41,10 @@ impl Sequences {
                 format!("the target has no sequence {}", missing.plain()),
             )
             .hint("create it on the target as it is on the source"));
+        }
+        // What may not be read is better refused before writers wait.
+        for names in names.chunks(AT_ONCE) {
+            catalog::sequence_values(&*source, names).await?;
         }
         Ok(Self { source, target, names })
     }

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use super::unkeyed;
+use crate::config::{Config, WithoutIdentity};
 use crate::postgres::Server;
 use crate::state::Store;
 use crate::telemetry::{Blocker, Telemetry};
@@ -13,11 +14,23 @@ use crate::telemetry::{Blocker, Telemetry};
 const EVERY: Duration = Duration::from_secs(5);
 
 /// Looks again and again; never ends. A look that fails is tried again: following itself says what is wrong with a server.
-pub async fn run(source: &Server, target: &Server, store: &Store, telemetry: &Telemetry) -> Infallible {
+pub async fn run(
+    config: &Config,
+    source: &Server,
+    target: &Server,
+    store: &Store,
+    telemetry: &Telemetry,
+) -> Infallible {
     let mut watch = unkeyed::Watch::default();
     let mut kept = None;
     loop {
-        match watch.check(source, target, store).await {
+        let looked = if config.follow.without_identity == WithoutIdentity::Copy {
+            // What differs is carried by the cutover.
+            Ok(Vec::new())
+        } else {
+            watch.check(source, target, store).await
+        };
+        match looked {
             Ok(blockers) => {
                 let found: Vec<_> = blockers.iter().map(Blocker::to_json).collect();
                 telemetry.blockers(&blockers);

@@ -186,8 +186,9 @@ fn blocker(tables: &[QualifiedName]) -> Option<Blocker> {
             tables.len()
         ),
         hint: format!(
-            "such changes are not carried. If this does not go away while the table rests: {} on the source (or \
-             exclude it), then `pgtandem clean`, empty the target and begin again",
+            "such changes are not carried while following. If this does not go away while the table rests: set \
+             follow.without_identity = \"copy\" and start the daemon again, and the cutover carries the difference; or {} \
+             on the source (or exclude it), then `pgtandem clean`, empty the target and begin again",
             alter.join(", ")
         ),
     })

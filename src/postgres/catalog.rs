@@ -150,6 +150,14 @@ pub async fn members(
     Ok(members)
 }
 
+/// All unlogged user tables that store rows, largest first: what they hold is in no WAL, and so in no stream.
+///
+/// # Errors
+/// The connection's.
+pub async fn unlogged_tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Table>> {
+    tables_of(client, "u").await
+}
+
 /// All user tables that store rows, largest first.
 ///
 /// A virtual generated column cannot be published, so a whole row that holds one identifies nothing. Before 18 the same is
@@ -158,6 +166,11 @@ pub async fn members(
 /// # Errors
 /// The connection's.
 pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<Table>> {
+    tables_of(client, "p").await
+}
+
+/// `persistence` as in `pg_class.relpersistence`.
+async fn tables_of(client: &impl tokio_postgres::GenericClient, persistence: &str) -> Result<Vec<Table>> {
     let sql = format!(
         r"
         SELECT c.oid, n.nspname, c.relname,
@@ -192,7 +205,7 @@ pub async fn tables(client: &impl tokio_postgres::GenericClient) -> Result<Vec<T
             WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts
             HAVING {KEY_IS_PUBLISHED}) ri ON true
         CROSS JOIN {ABOVE}
-        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+        WHERE c.relkind = 'r' AND c.relpersistence = '{persistence}' AND {IS_USER_TABLE}
         ORDER BY 14 DESC, 2, 3"
     );
     let rows = client.query(&sql, &[]).await.doing(|| "listing the tables")?;

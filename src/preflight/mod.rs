@@ -15,6 +15,7 @@ mod extensions;
 mod finding;
 mod grants;
 mod identity;
+mod large_objects;
 mod look;
 mod owned;
 mod pooled;
@@ -56,6 +57,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         privileges::KINDS,
         tables::KINDS,
         schema_objects::KINDS,
+        large_objects::KINDS,
         subscriptions::KINDS,
         extensions::KINDS,
         encoding::KINDS,
@@ -180,7 +182,7 @@ async fn ask_source(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "the types of the columns", tables::identifiers_as_data(look).await);
     answer(found, side, "unlogged, foreign and inheriting tables", schema_objects::special_relations(look).await);
     answer(found, side, "its provider's schemas", schema_objects::providers_schemas(look).await);
-    answer(found, side, "the large objects", schema_objects::large_objects(look).await);
+    answer(found, side, "the large objects", large_objects::on_source(look).await);
     answer(found, side, "event triggers, publications and subscriptions", schema_objects::database_objects(look).await);
     answer(found, side, "whether a subscription feeds its tables", subscriptions::subscriber(look).await);
     answer(found, side, "wal_sender_timeout", settings::walsender_timeout(source).await);
@@ -197,6 +199,7 @@ async fn ask_target(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "forced row-level security", privileges::target_row_level_security(look).await);
     answer(found, side, "session_replication_role", privileges::replication_role(target).await);
     answer(found, side, "what it holds already", target::empty(look).await);
+    answer(found, side, "large objects", large_objects::on_target(look).await);
     answer(found, side, "its event triggers", schema_objects::target_event_triggers(look).await);
     answer(found, side, "its worker processes", settings::worker_processes(look).await);
 }

@@ -15,15 +15,16 @@ const PROBE_PUBLICATION: &str = "CREATE PUBLICATION pgtandem_probe";
 const PROBE_SCHEMA: &str = "CREATE SCHEMA pgtandem_probe";
 const PROBE_REPLICATION_ROLE: &str = "SET LOCAL session_replication_role = replica";
 
-/// Publishing a table takes its ownership, and so does the fence's trigger, of a partitioned one as well; these are the tables of somebody else, with their owner.
+/// Publishing a table takes its ownership, and so does the fence's trigger, of a partitioned or unlogged one as well; these
+/// are the tables of somebody else, with their owner. One that can be published comes first, to be tried.
 fn not_owned() -> String {
     format!(
         r"
         SELECT n.nspname::text, c.relname::text, pg_catalog.pg_get_userbyid(c.relowner)::text
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p'
+        WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
           AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE') AND {IS_USER_TABLE}
-        ORDER BY 1, 2"
+        ORDER BY c.relpersistence, 1, 2"
     )
 }
 
@@ -39,7 +40,7 @@ fn without(privilege: &str, which: &str) -> String {
 }
 
 const READ: &str = "c.relkind IN ('r', 'p', 'S')";
-const LOCKED_BY_THE_FENCE: &str = "c.relkind IN ('r', 'p') AND c.relpersistence = 'p'";
+const LOCKED_BY_THE_FENCE: &str = "c.relkind IN ('r', 'p') AND c.relpersistence <> 't'";
 const MAY_READ: &str = "pg_catalog.has_table_privilege(c.oid, 'SELECT')";
 const MAY_LOCK: &str = "pg_catalog.has_table_privilege(c.oid, 'UPDATE, DELETE, TRUNCATE')";
 
@@ -60,7 +61,7 @@ fn row_security() -> String {
         r"
         SELECT n.nspname::text, c.relname::text
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND c.relrowsecurity
+        WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND c.relrowsecurity
           AND pg_catalog.row_security_active(c.oid) AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )
@@ -72,7 +73,7 @@ fn forced_row_security() -> String {
         r"
         SELECT n.nspname::text, c.relname::text
         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND c.relrowsecurity AND c.relforcerowsecurity AND {IS_USER_TABLE}
+        WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND c.relrowsecurity AND c.relforcerowsecurity AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )
 }
@@ -94,7 +95,7 @@ kinds! {
     }
     NOT_OWNER = Blocking "not_owner" {
         what: "tables are owned by a role that the source's role is not a member of",
-        why: "only its owner may publish a table",
+        why: "only its owner may publish a table, and give it the trigger of the fence",
         fix: "GRANT owner TO role",
     }
     NO_SELECT = Blocking "no_select" {

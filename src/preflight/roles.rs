@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Finding;
 use super::finding::kinds;
 use super::look::{Attempt, Look, Place};
 use super::owned::{Owned, of_a_column};
 use super::privileges::text;
+use super::{Finding, large_objects};
 use crate::error::Result;
 use crate::postgres::{QualifiedName, Side, provider, quote_identifier};
 use crate::schema::{DefaultPrivileges, OWNS_CATALOG, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
@@ -105,8 +105,11 @@ kinds! {
 }
 
 pub(super) async fn roles(look: &Look<'_>) -> Result<Vec<Finding>> {
-    let owners = Owned::find(look).await?.owners;
+    let mut owners = Owned::find(look).await?.owners;
+    let of_large_objects = large_objects::roles(look).await?;
+    owners.extend(of_large_objects.iter().filter(|(_, owns)| *owns).map(|(name, _)| name.clone()));
     let mut needed = owners.clone();
+    needed.extend(of_large_objects.into_iter().map(|(name, _)| name));
     needed.extend(named_by_privileges(look).await?);
     // Where the target refuses these, they are left out.
     if look.target.client.query_one(OWNS_CATALOG, &[]).await?.try_get(0)? {

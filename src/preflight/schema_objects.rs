@@ -34,8 +34,6 @@ const PROVIDERS_TABLES: &str = r"
                       WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')
     ORDER BY 1";
 
-const LARGE_OBJECT_COUNT: &str = "SELECT count(*) FROM pg_catalog.pg_largeobject_metadata";
-
 const FOREIGN_SERVERS: &str = "SELECT srvname::text FROM pg_catalog.pg_foreign_server ORDER BY 1";
 
 const EVENT_TRIGGER_NAMES: &str = r"
@@ -56,10 +54,10 @@ const SUBSCRIPTION_NAMES: &str = r"
     WHERE d.datname = pg_catalog.current_database() ORDER BY 1";
 
 kinds! {
-    UNLOGGED = Warning "unlogged_tables" {
+    UNLOGGED = Info "unlogged_tables" {
         what: "the source has unlogged tables",
-        why: "they write no WAL, so no change of theirs can be followed: they arrive empty",
-        fix: "ALTER TABLE … SET LOGGED, or fill them on the target after the cutover",
+        why: "they write no WAL, so no change of theirs can be followed: their rows arrive at the cutover, most of them before the fence and the difference behind it; reading them on both sides is part of the write pause",
+        fix: "ALTER TABLE … SET LOGGED, or exclude those whose rows nobody needs (move.exclude)",
     }
     FOREIGN = Info "foreign_tables" {
         what: "the source has foreign tables or servers",
@@ -68,7 +66,7 @@ kinds! {
     }
     MATERIALIZED_VIEWS = Info "materialized_views" {
         what: "the source has materialized views",
-        why: "they are refreshed on the target from the tables they read, not copied",
+        why: "they are filled on the target from the tables they read, and refreshed once more shortly before the fence of the cutover; cutover.refresh = false leaves that to you",
         fix: "",
     }
     INHERITED = Info "inheritance" {
@@ -80,11 +78,6 @@ kinds! {
         what: "the source has tables in a schema that bears the name of a provider's own",
         why: "such a schema belongs to the service that runs the source and stays behind whole: neither its definition nor its rows are carried",
         fix: "if it is yours: ALTER SCHEMA … RENAME TO … before the move",
-    }
-    LARGE_OBJECTS = Warning "large_objects" {
-        what: "the source has large objects",
-        why: "logical replication does not carry them: they will be missing on the target",
-        fix: "move their content to a bytea column (lo_get) before the move, or carry them by hand while writes are stopped",
     }
     EVENT_TRIGGERS = Warning "event_triggers" {
         what: "the source has event triggers",
@@ -146,13 +139,6 @@ pub(super) async fn providers_schemas(look: &Look<'_>) -> Result<Vec<Finding>> {
     let names = rows.iter().map(|row| text(row, 0)).collect::<Result<Vec<_>>>()?;
     let what = format!("tables in schemas of the source's provider stay behind: {}", names.join(", "));
     Ok(about(PROVIDERS_SCHEMAS.on(Side::Source, what), names).into_iter().collect())
-}
-
-pub(super) async fn large_objects(look: &Look<'_>) -> Result<Vec<Finding>> {
-    match look.source.count(LARGE_OBJECT_COUNT).await? {
-        0 => Ok(Vec::new()),
-        count => Ok(vec![LARGE_OBJECTS.on(Side::Source, format!("{count} large objects"))]),
-    }
 }
 
 /// What belongs to the database rather than to a schema.

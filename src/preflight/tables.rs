@@ -6,6 +6,7 @@ use super::Finding;
 use super::finding::kinds;
 use super::look::Look;
 use super::privileges::{plain, tables};
+use crate::config::WithoutIdentity;
 use crate::error::Result;
 use crate::postgres::QualifiedName;
 use crate::postgres::catalog::IS_USER_TABLE;
@@ -57,12 +58,22 @@ kinds! {
     NO_REPLICA_IDENTITY = Blocking "no_replica_identity" {
         what: "a table without a replica identity is updated or deleted from",
         why: "its updates and deletes cannot be followed, and publishing them would make the source refuse them",
-        fix: "add a primary key, or ALTER TABLE … REPLICA IDENTITY FULL, or exclude the table",
+        fix: "add a primary key, or ALTER TABLE … REPLICA IDENTITY FULL, or follow.without_identity = \"full\" or \"copy\", or exclude the table",
+    }
+    GIVEN_IDENTITY = Info "identity_given" {
+        what: "tables without a replica identity will be given one",
+        why: "follow.without_identity is \"full\": ALTER TABLE … REPLICA IDENTITY FULL on the source, an instant each, until `pgtandem clean`; each update and delete then writes its whole old row into the WAL",
+        fix: "",
+    }
+    COPIED_DIFFERENCES = Warning "differences_copied" {
+        what: "the differences of tables without a replica identity will be carried behind the fence",
+        why: "follow.without_identity is \"copy\": their inserts are followed; what updates and deletes did is found by reading them on both sides while writes wait, and is not on the target before",
+        fix: "a primary key, or follow.without_identity = \"full\", keeps the write pause short",
     }
     INSERT_ONLY = Info "insert_only" {
         what: "a table without a replica identity has only seen inserts",
         why: "its inserts and truncates are carried; after an update or delete the cutover refuses with its name",
-        fix: "if it will be updated: ALTER TABLE … REPLICA IDENTITY FULL",
+        fix: "if it will be updated: ALTER TABLE … REPLICA IDENTITY FULL, or follow.without_identity",
     }
     FULL_IDENTITY = Warning "full_replica_identity" {
         what: "a table is identified by its whole rows",
@@ -158,10 +169,24 @@ fn findings(look: &Look<'_>, sorted: &Sorted) -> Vec<Finding> {
     let what = |names: &[QualifiedName], rest: &str| format!("{} {rest}", tables(names.len()));
 
     let s = sorted;
+    let choice = look.config.follow.without_identity;
+    // FULL is of no use to a table that has a virtual column.
+    let given = |table: &&QualifiedName| choice == WithoutIdentity::Full && !s.virtual_columns.contains(*table);
+    let without: Vec<QualifiedName> = s.updated.iter().chain(&s.insert_only).cloned().collect();
+    if choice == WithoutIdentity::Copy {
+        say(COPIED_DIFFERENCES.on(side, what(&without, "without a replica identity")), &without);
+    }
+    let to_give: Vec<QualifiedName> = without.iter().filter(given).cloned().collect();
+    say(GIVEN_IDENTITY.on(side, what(&to_give, "will be given REPLICA IDENTITY FULL")), &to_give);
+    let watched = |names: &[QualifiedName]| -> Vec<QualifiedName> {
+        let left = names.iter().filter(|table| choice != WithoutIdentity::Copy && !given(table));
+        left.cloned().collect()
+    };
+    let (still_updated, still_insert_only) = (watched(&s.updated), watched(&s.insert_only));
     let updated = "without a replica identity, with updates or deletes seen (or not counted)";
-    say(NO_REPLICA_IDENTITY.on(side, what(&s.updated, updated)).fix(full(&s.updated)), &s.updated);
+    say(NO_REPLICA_IDENTITY.on(side, what(&still_updated, updated)).fix(full(&still_updated)), &still_updated);
     let inserts = "without a replica identity, with inserts only so far";
-    say(INSERT_ONLY.on(side, what(&s.insert_only, inserts)).fix(full(&s.insert_only)), &s.insert_only);
+    say(INSERT_ONLY.on(side, what(&still_insert_only, inserts)).fix(full(&still_insert_only)), &still_insert_only);
     say(FULL_IDENTITY.on(side, what(&s.full, "with REPLICA IDENTITY FULL")), &s.full);
     say(
         DEFERRABLE_KEY.on(side, what(&s.deferrable, "with a deferrable primary key")).fix(full(&s.deferrable)),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Store, fence_sql, only_the_leader};
+use super::{Store, fence_sql, only_the_leader, preparing_sql};
 use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
@@ -87,10 +87,9 @@ impl Store {
         let released = self
             .execute(&format!(
                 "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL statement_timeout = {left};
-                 SELECT 1 / count(*) FROM (
-                     SELECT FROM pgtandem.cutover WHERE id = {cutover} AND state = 'preparing' FOR NO KEY UPDATE) AS open;
-                 {}; {}; COMMIT",
+                 {}; {}; {}; COMMIT",
                 lock.as_millis().max(1),
+                preparing_sql(cutover),
                 fence_sql(self.name.as_str(), epoch),
                 self.release()
             ))

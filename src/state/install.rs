@@ -5,13 +5,15 @@ use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
 /// Every table of the layout.
-pub(super) const TABLES: [&str; 10] = [
+pub(super) const TABLES: [&str; 12] = [
     "ddl",
     "cutover_step",
     "cutover",
     "request",
     "missing_row",
     "unkeyed_table",
+    "given_identity",
+    "large_object",
     "held_back",
     "copy_table",
     "progress",
@@ -73,6 +75,20 @@ CREATE TABLE IF NOT EXISTS pgtandem.unkeyed_table (
     table_name  text NOT NULL,
     changes     bigint NOT NULL,
     PRIMARY KEY (move, schema_name, table_name)
+);
+
+CREATE TABLE IF NOT EXISTS pgtandem.given_identity (
+    move        text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    before      text NOT NULL,
+    PRIMARY KEY (move, schema_name, table_name)
+);
+
+CREATE TABLE IF NOT EXISTS pgtandem.large_object (
+    move text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
+    loid oid NOT NULL,
+    PRIMARY KEY (move, loid)
 );
 
 CREATE TABLE IF NOT EXISTS pgtandem.request (

@@ -60,6 +60,16 @@ pub struct CutoverRecord {
     pub steps: Vec<StepRecord>,
 }
 
+/// Fails with a division by zero (22012), and with it the transaction, unless the cutover is still `preparing`. Until the
+/// transaction ends nobody can give it up, so it stands right before the COMMIT.
+#[must_use]
+pub fn preparing_sql(cutover: i64) -> String {
+    format!(
+        "SELECT 1 / count(*) FROM (
+             SELECT FROM pgtandem.cutover WHERE id = {cutover} AND state = 'preparing' FOR NO KEY UPDATE) AS open"
+    )
+}
+
 impl Store {
     /// Opens the journal of a new cutover.
     ///
@@ -175,7 +185,7 @@ impl Store {
                      write_pause_seconds = COALESCE(write_pause_seconds,
                          extract(epoch FROM clock_timestamp() - started_at)::float8
                          - (SELECT COALESCE(sum(s.seconds), 0) FROM pgtandem.cutover_step s
-                            WHERE s.cutover_id = c.id AND s.name IN ('ready', 'connect', 'estimate', 'prepare')))
+                            WHERE s.cutover_id = c.id AND s.name IN ('ready', 'carry', 'refresh', 'connect', 'estimate', 'prepare')))
                  WHERE id = $1 RETURNING write_pause_seconds",
                 &[&cutover],
             )

@@ -21,10 +21,11 @@ use tokio::sync::{Mutex, MutexGuard};
 
 pub use held_back::{HeldBack, hold_back_sql};
 pub use schema_change::SchemaChange;
-pub use journal::{CutoverRecord, CutoverState, StepRecord};
+pub use journal::{CutoverRecord, CutoverState, StepRecord, preparing_sql};
 pub use leadership::Leadership;
 pub use request::{Request, RequestKind, RequestState};
 pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
+pub use unkeyed::GivenIdentity;
 
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};
@@ -350,7 +351,7 @@ impl Store {
              DELETE FROM pgtandem.move WHERE name = {name};
              DO $$ BEGIN
                  IF NOT EXISTS (SELECT FROM pgtandem.move) THEN
-                     DROP TABLE {tables};
+                     DROP TABLE IF EXISTS {tables};
                      IF NOT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = 'pgtandem'::regnamespace)
                         AND NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = 'pgtandem'::regnamespace) THEN
                          DROP SCHEMA pgtandem;

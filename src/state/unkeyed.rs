@@ -4,7 +4,62 @@ use super::Store;
 use crate::error::{Doing, Result};
 use crate::postgres::{QualifiedName, quote_literal};
 
+/// A table that was given another replica identity on the source, and the clause of ALTER TABLE that brings back the one
+/// that it had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenIdentity {
+    /// Schema and name.
+    pub table: QualifiedName,
+    /// Such as `REPLICA IDENTITY DEFAULT`.
+    pub before: String,
+}
+
 impl Store {
+    /// Writes down what a table's replica identity was, before it is changed; what is known already stays.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn remember_identity(&self, given: &GivenIdentity) -> Result<()> {
+        let [name, schema, table, before] =
+            [self.name.as_str(), &given.table.schema, &given.table.name, &given.before].map(quote_literal);
+        self.execute(&format!(
+            "INSERT INTO pgtandem.given_identity (move, schema_name, table_name, before)
+             VALUES ({name}, {schema}, {table}, {before}) ON CONFLICT DO NOTHING"
+        ))
+        .await
+        .doing(|| format!("remembering the replica identity of table {}", given.table.plain()))
+    }
+
+    /// The tables that were given another replica identity; none if the state is older than such things.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn given_identities(&self) -> Result<Vec<GivenIdentity>> {
+        let session = self.session().await?;
+        let client = session.get()?;
+        let known: bool = client
+            .query_one("SELECT pg_catalog.to_regclass('pgtandem.given_identity') IS NOT NULL", &[])
+            .await
+            .doing(|| "looking for the given replica identities")?
+            .try_get(0)?;
+        if !known {
+            return Ok(Vec::new());
+        }
+        let rows = client
+            .query(
+                "SELECT schema_name, table_name, before FROM pgtandem.given_identity WHERE move = $1 ORDER BY 1, 2",
+                &[&self.name.as_str()],
+            )
+            .await
+            .doing(|| "reading the given replica identities")?;
+        rows.iter()
+            .map(|row| {
+                let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+                Ok(GivenIdentity { table, before: row.try_get(2)? })
+            })
+            .collect()
+    }
+
     /// Writes the counts down, before a cut: a table that is copied already keeps the count from before its own.
     ///
     /// # Errors
@@ -60,5 +115,33 @@ impl Store {
         ))
         .await
         .doing(|| format!("remembering the counter of table {}", table.plain()))
+    }
+
+    /// Takes every large object of the target over as the move's own: they are part of a copy made by hand.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn adopt_large_objects(&self) -> Result<()> {
+        self.execute(&format!(
+            "INSERT INTO pgtandem.large_object (move, loid)
+             SELECT {}, oid FROM pg_catalog.pg_largeobject_metadata ON CONFLICT DO NOTHING",
+            quote_literal(self.name.as_str())
+        ))
+        .await
+        .doing(|| "taking over the large objects that were copied by hand")
+    }
+
+    /// Whether the move has made large objects on the target.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn has_large_objects(&self) -> Result<bool> {
+        let session = self.session().await?;
+        let row = session
+            .get()?
+            .query_one("SELECT EXISTS (SELECT FROM pgtandem.large_object WHERE move = $1)", &[&self.name.as_str()])
+            .await
+            .doing(|| "asking for the large objects of the move")?;
+        Ok(row.try_get(0)?)
     }
 }

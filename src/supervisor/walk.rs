@@ -14,6 +14,7 @@ use crate::copy::{self, by_hand, cut, publication};
 use crate::error::{Doing, Error, Result};
 use crate::follow::ddl::capture::Capture;
 use crate::follow::{Follow, TABLES_TO_COPY, unkeyed, watching};
+use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::lsn::InvalidLsn;
 use crate::postgres::replication::{Cut, Walsender};
@@ -204,7 +205,10 @@ impl<'a> Walk<'a> {
     /// What a cut needs on the source before it.
     async fn publish(&self) -> Result<()> {
         let s = self.supervisor;
-        let tables = self.tables().await?;
+        let mut tables = self.tables().await?;
+        if identity::give(s.config, &s.source, &s.store, &tables).await? {
+            tables = self.tables().await?;
+        }
         let records = s.store.tables().await?;
         let copied: HashSet<&QualifiedName> =
             records.iter().filter(|table| table.state == TableState::Copied).map(|table| &table.name).collect();

@@ -15,6 +15,7 @@ mod demo;
 mod docs;
 mod followed;
 mod harness_itself;
+mod leftover;
 mod moves;
 mod preflight;
 mod refusals;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pgtandem::config::{
     Config, Copy, CopyMethod, Cutover, CutoverVerify, Ddl, Engine, Fence, Follow, Log, LogFormat, MissingRow, MoveName,
-    Scope, TablePattern,
+    Scope, TablePattern, WithoutIdentity,
 };
 use pgtandem::postgres::{Ambient, ConnInfo, Server, Side};
 use pgtandem::preflight::{self, Report};
@@ -345,6 +345,7 @@ fn config() -> Config {
     let few = NonZeroUsize::new(2).unwrap();
     let nowhere = conninfo("postgresql://nobody@127.0.0.1:1/nothing");
     Config {
+        large_objects: true,
         name: MoveName::new("app").unwrap(),
         scope: Scope::default(),
         source: nowhere.clone(),
@@ -357,12 +358,14 @@ fn config() -> Config {
             batch_max_bytes: 1 << 25,
             ddl: Ddl::Replicate,
             missing_row: MissingRow::Stop,
+            without_identity: WithoutIdentity::Watch,
         },
         cutover: Cutover {
             max_lag: Duration::from_secs(1),
             timeout: Duration::from_secs(30),
             fence: Fence::Lock,
             verify: CutoverVerify::Counts,
+            refresh: true,
             reverse: true,
             hook: Vec::new(),
             pgbouncer: None,
