@@ -28,6 +28,8 @@ pub struct Config {
     pub scope: Scope,
     /// Where the data is.
     pub source: ConnInfo,
+    /// `source.url_from_target`: how the target server reaches the source, if not by `source.url`.
+    pub source_from_target: Option<ConnInfo>,
     /// Where it goes.
     pub target: ConnInfo,
     /// `[copy]`

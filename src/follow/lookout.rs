@@ -1,9 +1,10 @@
-//! What is looked at every few seconds while following, apart from the stream: tables without a replica identity. What
-//! is found is a blocker for as long as it is so; nothing found here ends a move.
+//! What is looked at every few seconds while following, apart from the stream: tables without a replica identity, and the
+//! worker of a subscription. What is found is a blocker for as long as it is so; nothing found here ends a move.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
+use super::subscription::health::Health;
 use super::unkeyed;
 use crate::postgres::Server;
 use crate::state::Store;
@@ -13,11 +14,26 @@ use crate::telemetry::{Blocker, Telemetry};
 const EVERY: Duration = Duration::from_secs(5);
 
 /// Looks again and again; never ends. A look that fails is tried again: following itself says what is wrong with a server.
-pub async fn run(source: &Server, target: &Server, store: &Store, telemetry: &Telemetry) -> Infallible {
+pub async fn run(
+    source: &Server,
+    target: &Server,
+    store: &Store,
+    telemetry: &Telemetry,
+    mut worker: Option<Health>,
+) -> Infallible {
     let mut watch = unkeyed::Watch::default();
     let mut kept = None;
     loop {
-        match watch.check(source, target, store).await {
+        let looked = async {
+            let unwell = match &mut worker {
+                Some(worker) => worker.check(telemetry).await?,
+                None => None,
+            };
+            let mut blockers = watch.check(source, target, store).await?;
+            blockers.extend(unwell);
+            Ok::<_, crate::Error>(blockers)
+        };
+        match looked.await {
             Ok(blockers) => {
                 let found: Vec<_> = blockers.iter().map(Blocker::to_json).collect();
                 telemetry.blockers(&blockers);

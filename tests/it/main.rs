@@ -21,6 +21,7 @@ mod refusals;
 mod schema;
 mod schema_changes;
 mod scope;
+mod subscription;
 mod telemetry;
 mod unkeyed;
 mod wire;
