@@ -1,6 +1,6 @@
 //! `clean`: removes what this move made on both servers, and only that.
 //!
-//! The source comes first: whatever became of the target, WAL must not pile up behind a slot and writes must be let in
+//! A subscription goes before all, for its worker reads the slot. Else the source comes first: whatever became of the target, WAL must not pile up behind a slot and writes must be let in
 //! again. What was disabled on the target until the cutover comes back before the state that remembers it goes.
 
 use std::io::{IsTerminal as _, Write as _};
@@ -9,6 +9,7 @@ use crate::config::{Config, MoveName};
 use crate::cutover::fence;
 use crate::error::{Class, Doing as _, Error, Result};
 use crate::follow::ddl::capture::Capture;
+use crate::follow::subscription;
 use crate::leftover::identity;
 use crate::postgres::{Server, Side, quote_identifier};
 use crate::state::{MoveRecord, Phase, Store};
@@ -36,6 +37,12 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
     let left = Left::on(&source, &config.name).await?;
     refuse_beside_a_daemon(config, &known, &left)?;
     agree(config, args, &known, &left).await?;
+    // Its worker reads the slot.
+    if let Known::Move { .. } = known
+        && subscription::remove(store.target(), &config.name).await?
+    {
+        say(&format!("target: removed the subscription {}", config.name.slot()))?;
+    }
     clean_source(&source, &config.name, &left).await?;
     if let Known::Move { .. } = known {
         let given = store.given_identities().await?;
@@ -123,7 +130,8 @@ fn refuse_beside_a_daemon(config: &Config, known: &Known, left: &Left) -> Result
         Known::Move { led: true, .. } => ("a daemon runs this move".to_owned(), "stop it first"),
         Known::Nothing | Known::Unasked(_) if left.slot == Some(true) => (
             format!("somebody reads the slot {}, so a daemon runs a move of this name", config.name.slot()),
-            "check move.name and target.url; if they are right, stop that daemon first",
+            "check move.name and target.url; if they are right, stop that daemon first, or with follow.engine = \"subscription\" \
+             make the target reachable, for its own worker reads the slot",
         ),
         Known::Move { .. } | Known::Nothing | Known::Unasked(_) => return Ok(()),
     };

@@ -23,7 +23,6 @@ struct NotYet {
 
 /// Refused by name, so that nothing is silently left out. Whoever builds one of them deletes its line.
 const NOT_YET: &[NotYet] = &[
-    NotYet { key: "follow.engine", applies: |value| is_text(value, "subscription"), instead: "use \"stream\"" },
     NotYet { key: "follow.workers", applies: |value| matches!(value, Value::Number(2..=16)), instead: "use 1" },
     NotYet { key: "cutover.fence", applies: |value| is_text(value, "read-only"), instead: "use \"lock\" or \"none\"" },
     NotYet {
@@ -78,6 +77,7 @@ impl Judge<'_> {
         let large_objects = self.switch("move.large_objects");
         let scope = Scope { include: self.patterns("move.include"), exclude: self.patterns("move.exclude") };
         let source = self.required_url("source.url", "--source");
+        let source_from_target = self.url("source.url_from_target");
         let target = self.required_url("target.url", "--target");
         let (copy, follow, cutover) = (self.copy(), self.follow(), self.cutover());
         let http =
@@ -88,6 +88,7 @@ impl Judge<'_> {
             scope,
             large_objects: large_objects?,
             source: source?,
+            source_from_target: source_from_target?,
             target: target?,
             copy: copy?,
             follow: follow?,

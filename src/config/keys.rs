@@ -68,6 +68,7 @@ pub const KEYS: &[Key] = &[
     key!("move"."exclude", List, Some("[]"), "patterns of tables taken away from what is included"),
     key!("move"."large_objects", Switch, Some("true"), "carry large objects at the cutover"),
     key!("source"."url", Secret, None, "connection string of the server that the application uses today"),
+    key!("source"."url_from_target", Secret, Some("\"\""), "connection string by which the target server reaches the source, for follow.engine = \"subscription\"; empty: source.url"),
     key!("target"."url", Secret, None, "connection string of the server that it will use"),
     key!("copy"."method", Text, Some("\"copy\""), "how the first copy is made: copy, dump or none"),
     key!("copy"."workers", Number, Some("4"), "tables, or parts of a large one, copied at the same time; 1 to 64"),

@@ -30,6 +30,8 @@ pub struct Config {
     pub large_objects: bool,
     /// Where the data is.
     pub source: ConnInfo,
+    /// `source.url_from_target`: how the target server reaches the source, if not by `source.url`.
+    pub source_from_target: Option<ConnInfo>,
     /// Where it goes.
     pub target: ConnInfo,
     /// `[copy]`

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::{Durable, Marker, MarkerWatch};
 use crate::postgres::Session;
+use crate::postgres::lsn::InvalidLsn;
 
 /// Commits a marker on the source; returns its id.
 pub(super) async fn emit(session: &mut Session, expected: &MarkerWatch) -> Result<u64> {
@@ -28,6 +29,14 @@ pub(super) async fn emit(session: &mut Session, expected: &MarkerWatch) -> Resul
         .await
         .doing(|| "writing the marker on the source")?;
     transaction.commit().await.doing(|| "committing the marker on the source")?;
+    if expected.wants_position() {
+        let position: String = session
+            .query_one("SELECT pg_catalog.pg_current_wal_flush_lsn()::text", &[])
+            .await
+            .doing(|| "asking where the marker was committed")?
+            .try_get(0)?;
+        expected.committed(id, position.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))?);
+    }
     Ok(id)
 }
 

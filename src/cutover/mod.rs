@@ -228,7 +228,10 @@ impl Cutover<'_> {
         // What follows from here on must not be applied by the same rules.
         self.gate.close();
         let id = journal.id;
-        let released = ahead.release.release_in_cutover(id, self.epoch, RELEASE_LOCKS, deadline);
+        let released = async {
+            self.gate.holds().await;
+            ahead.release.release_in_cutover(id, self.epoch, RELEASE_LOCKS, deadline).await
+        };
         journal.step("release", deadline, released).await?;
         if self.config.cutover.reverse {
             journal.skip("reverse", "this version arms no way back");

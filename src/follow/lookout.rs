@@ -1,9 +1,10 @@
-//! What is looked at every few seconds while following, apart from the stream: tables without a replica identity. What
-//! is found is a blocker for as long as it is so; nothing found here ends a move.
+//! What is looked at every few seconds while following, apart from the stream: tables without a replica identity, and the
+//! worker of a subscription. What is found is a blocker for as long as it is so; nothing found here ends a move.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
+use super::subscription::health::Health;
 use super::unkeyed;
 use crate::config::{Config, WithoutIdentity};
 use crate::postgres::Server;
@@ -20,17 +21,26 @@ pub async fn run(
     target: &Server,
     store: &Store,
     telemetry: &Telemetry,
+    mut worker: Option<Health>,
 ) -> Infallible {
     let mut watch = unkeyed::Watch::default();
     let mut kept = None;
     loop {
-        let looked = if config.follow.without_identity == WithoutIdentity::Copy {
-            // What differs is carried by the cutover.
-            Ok(Vec::new())
-        } else {
-            watch.check(source, target, store).await
+        let looked = async {
+            let unwell = match &mut worker {
+                Some(worker) => worker.check(telemetry).await?,
+                None => None,
+            };
+            let mut blockers = if config.follow.without_identity == WithoutIdentity::Copy {
+                // What differs is carried by the cutover.
+                Vec::new()
+            } else {
+                watch.check(source, target, store).await?
+            };
+            blockers.extend(unwell);
+            Ok::<_, crate::Error>(blockers)
         };
-        match looked {
+        match looked.await {
             Ok(blockers) => {
                 let found: Vec<_> = blockers.iter().map(Blocker::to_json).collect();
                 telemetry.blockers(&blockers);

@@ -4,22 +4,26 @@
 //! in the order of commit, progress and data commit together, and nothing is confirmed to the source before that. Must
 //! never go on past something that it does not understand.
 //!
+//! [`subscription`] is the other engine: the target server's own worker follows, and we watch it.
+//!
 //! [`run`] is two tasks with a queue between them, the reader ([`reader`]) and the applier ([`apply`]), and a look now and
 //! then at what the stream does not tell ([`watching`]).
 
 mod apply;
 pub mod ddl;
+mod gate;
 pub mod lookout;
+mod marker;
 mod pipeline;
 mod queue;
 mod reader;
 mod relation;
 mod slot;
+pub mod subscription;
 pub mod unkeyed;
 pub(crate) mod watching;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -27,6 +31,8 @@ use tokio_util::sync::CancellationToken;
 
 use self::ddl::capture::Capture;
 use self::ddl::{Moved, SchemaChanges};
+pub use self::gate::Gate;
+pub use self::marker::{Marker, MarkerWatch};
 use self::slot::Slot;
 use crate::config::{Config, Ddl, MissingRow, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
@@ -54,68 +60,6 @@ pub struct Durable {
     pub commit_micros: Option<i64>,
     /// The newest marker that is in the target.
     pub marker: Option<u64>,
-}
-
-/// Where a cutover leaves the marker that it waits for.
-///
-/// A marker is a transaction on the source whose id is known before it commits, so it is recognised by that id on every
-/// version; PostgreSQL 13 does not send logical messages through pgoutput, but it sends their transactions.
-#[derive(Clone, Default)]
-pub struct MarkerWatch(Arc<Mutex<Option<Marker>>>);
-
-/// A transaction that stands for a point of the stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Marker {
-    /// Counts up, to tell one marker from another.
-    pub id: u64,
-    /// Its transaction id, as the stream shows it.
-    pub xid: u32,
-}
-
-impl MarkerWatch {
-    /// From now on `marker` is looked for. To be called before its transaction commits.
-    pub fn expect(&self, marker: Marker) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(marker);
-    }
-
-    /// The marker's id, if this is its transaction; it is expected once.
-    fn is_expected(&self, xid: u32) -> Option<u64> {
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        slot.take_if(|marker| marker.xid == xid).map(|marker| marker.id)
-    }
-}
-
-/// Keeps following from beginning anything on the target while a cutover has brought back there what must not react to
-/// applied rows. A cutover closes it, and opens it once all that is held back again.
-#[derive(Clone)]
-pub struct Gate(watch::Sender<bool>);
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self(watch::Sender::new(true))
-    }
-}
-
-impl Gate {
-    /// From now on nothing is begun.
-    pub fn close(&self) {
-        self.0.send_replace(false);
-    }
-
-    /// Following goes on.
-    pub fn open(&self) {
-        self.0.send_replace(true);
-    }
-
-    fn is_open(&self) -> bool {
-        *self.0.borrow()
-    }
-
-    /// Waits until it is open.
-    async fn pass(&self) {
-        // An error would mean that it is gone; it is held here.
-        drop(self.0.subscribe().wait_for(|open| *open).await);
-    }
 }
 
 /// What the applier needs to know; fixed for one run.
@@ -183,6 +127,8 @@ impl Follow<'_> {
     /// Class retry: a connection or the target's transaction was lost. Class operator: the sides differ, the slot or the
     /// source is not ours any more, a table has another shape.
     pub async fn run(&self, stop: &CancellationToken) -> Result<()> {
+        self.gate.engage(false);
+        self.marker.recognise_by_position(false);
         let reached = watch::channel(Lsn::ZERO).0;
         let outcome = self.attempt(stop, Lsn::ZERO, &reached).await;
         let met_at = *reached.borrow();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::{Lsn, Server};
+use crate::postgres::{Lsn, Server, Session};
 use crate::state::MoveRecord;
 
 /// How long the source may take to answer whether its walsender works.
@@ -25,6 +25,18 @@ const WALSENDER: &str = "
     SELECT s.active_pid IS NOT NULL, a.wait_event
     FROM pg_catalog.pg_replication_slots s LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = s.active_pid
     WHERE s.slot_name = $1";
+
+/// `$1` slot. Who reads it, and what it confirmed.
+pub(super) const READER: &str =
+    "SELECT active_pid, confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = $1";
+
+/// What a slot that is ours says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    pub confirmed: Option<Lsn>,
+    /// `server_version_num`
+    pub version: i32,
+}
 
 /// The slot of a move. Cheap to clone.
 #[derive(Clone)]
@@ -46,15 +58,21 @@ impl Slot {
     /// more. A slot that was made again, or moved on by someone else, has lost changes that we do not have. Returns the
     /// source's `server_version_num`.
     pub(super) async fn check(&self, progress: Lsn) -> Result<i32> {
-        let slot = &self.name;
         let session = self.source.connect("slot").await?;
+        let seen = self.look(&session, progress).await?;
+        match seen.confirmed {
+            Some(confirmed) if confirmed > progress => Err(lost(
+                "slot_advanced",
+                format!("the slot {} stands at {confirmed}, beyond what the target holds ({progress})", self.name),
+            )),
+            _ => Ok(seen.version),
+        }
+    }
+
+    /// The slot must be there and ours, and the source's log must reach as far as progress.
+    pub(super) async fn look(&self, session: &Session, progress: Lsn) -> Result<Seen> {
+        let slot = &self.name;
         let row = session.query_opt(SLOT, &[slot]).await.doing(|| format!("looking for the slot {slot}"))?;
-        let lost = |code: &'static str, what: String| {
-            Error::new(Class::Operator, code, what).hint(
-                "changes are missing between the target and the source: run `pgtandem clean`, empty the target and \
-                 begin the move again",
-            )
-        };
         let Some(row) = row else {
             return Err(lost("slot_missing", format!("the source has no slot {slot} any more")));
         };
@@ -68,13 +86,7 @@ impl Slot {
         }
         let position = |text: Option<String>| text.and_then(|text| text.parse::<Lsn>().ok());
         check_head(position(row.try_get(5)?), progress)?;
-        match position(row.try_get(1)?) {
-            Some(confirmed) if confirmed > progress => Err(lost(
-                "slot_advanced",
-                format!("the slot {slot} stands at {confirmed}, beyond what the target holds ({progress})"),
-            )),
-            _ => Ok(row.try_get(4)?),
-        }
+        Ok(Seen { confirmed: position(row.try_get(1)?), version: row.try_get(4)? })
     }
 
     /// Whether the walsender works although it says nothing: it decodes a huge transaction of which nothing is
@@ -88,6 +100,13 @@ impl Slot {
         };
         matches!(tokio::time::timeout(PATIENCE, asked).await, Ok(Ok(true)))
     }
+}
+
+fn lost(code: &'static str, what: String) -> Error {
+    Error::new(Class::Operator, code, what).hint(
+        "changes are missing between the target and the source: run `pgtandem clean`, empty the target and begin the move \
+         again",
+    )
 }
 
 /// A walsender that waits for more WAL or for its client answers when it is asked; if we hear nothing of that one,

@@ -275,6 +275,20 @@ impl ConnInfo {
         syntax::url(self, self.password.as_ref().map(|_| "***"))
     }
 
+    /// The URL by which another server reaches this one: with `password` and the name of its connection in it, without what
+    /// only this machine has, its password file. For that server alone: never for a log, an error or a person.
+    #[must_use]
+    pub fn url_for_server(&self, application_name: &str, password: Option<&Password>) -> String {
+        let mut theirs = self.clone();
+        theirs.passfile = None;
+        let url = syntax::url(&theirs, password.map(|p| syntax::percent_encode(p.expose())).as_deref());
+        let joint = if url.contains('?') { '&' } else { '?' };
+        // Our default is not libpq's, which would wait without end.
+        let timeout = if self.connect_timeout == Some(CONNECT_TIMEOUT) { CONNECT_TIMEOUT.as_secs() } else { 0 };
+        let timeout = if timeout > 0 { format!("&connect_timeout={timeout}") } else { String::new() };
+        format!("{url}{joint}application_name={}{timeout}", syntax::percent_encode(application_name))
+    }
+
     /// The URL with the password in it: for handing it back to the person who gave it, never for a log.
     #[must_use]
     pub fn url_with_password(&self) -> String {

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use crate::postgres::conninfo::{Address, Host, Password};
+use crate::postgres::conninfo::{Address, ConnInfo, Host, Password};
 
 /// What the file had for a connection.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,6 +38,22 @@ pub fn ask(path: &Path, host: &Host, database: &str, user: &str) -> Found {
             None => Found::Nothing,
         },
         Err(e) => Found::Unusable(format!("the password file {shown} cannot be read: {e}")),
+    }
+}
+
+/// The password of a connection string: its own, or what the password file has for its first host.
+#[must_use]
+pub fn resolve(conninfo: &ConnInfo) -> Option<Password> {
+    if let Some(password) = conninfo.password() {
+        return Some(password.clone());
+    }
+    match ask(conninfo.passfile()?, conninfo.hosts().first()?, conninfo.database(), conninfo.user()) {
+        Found::Password(password) => Some(password),
+        Found::Nothing => None,
+        Found::Unusable(why) => {
+            tracing::warn!("{why}");
+            None
+        }
     }
 }
 

@@ -31,6 +31,7 @@ mod subscriptions;
 mod tables;
 mod target;
 mod wal;
+mod worker;
 
 use std::collections::HashMap;
 
@@ -63,6 +64,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         encoding::KINDS,
         settings::KINDS,
         wal::KINDS,
+        worker::KINDS,
         target::KINDS,
         roles::KINDS,
         schemas::KINDS,
@@ -100,7 +102,7 @@ pub async fn run(config: &Config, source: &Server, target: &Server) -> Report {
     };
     let role = replication::connection(source).await;
     answer(&mut found, Side::Source, "whether a replication connection is let in", role);
-    found.extend(examine(config, &source_sessions[0], &target_sessions[0], begun).await);
+    found.extend(examine(config, [source, target], &source_sessions[0], &target_sessions[0], begun).await);
     Report::new(found)
 }
 
@@ -135,7 +137,13 @@ fn addresses(server: &Server) -> Vec<Finding> {
 }
 
 /// Everything that is asked over one session on each side.
-async fn examine(config: &Config, source: &Client, target: &Client, begun: bool) -> Vec<Finding> {
+async fn examine(
+    config: &Config,
+    servers: [&Server; 2],
+    source: &Client,
+    target: &Client,
+    begun: bool,
+) -> Vec<Finding> {
     let (source, target) = tokio::join!(Place::new(Side::Source, source), Place::new(Side::Target, target));
     let (source, target) = match (source, target) {
         (Ok(source), Ok(target)) => (source, target),
@@ -157,6 +165,8 @@ async fn examine(config: &Config, source: &Client, target: &Client, begun: bool)
     ask_source(&look, &mut found).await;
     ask_target(&look, &mut found).await;
     ask_both(&look, &mut found).await;
+    let reach = worker::reach(&look, servers[0], servers[1]).await;
+    answer(&mut found, Side::Target, "whether it reaches the source", reach);
     for place in look.places() {
         // What came after its end was never asked.
         found.extend(place.client.is_closed().then(|| connection::lost(place.side)));
@@ -179,6 +189,7 @@ async fn ask_source(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "what can be locked", privileges::locking(look).await);
     answer(found, side, "row-level security", privileges::row_level_security(look).await);
     answer(found, side, "the replica identity of the tables", tables::replica_identity(look).await);
+    answer(found, side, "what a worker compares rows by", worker::identity_without_equality(look).await);
     answer(found, side, "the types of the columns", tables::identifiers_as_data(look).await);
     answer(found, side, "unlogged, foreign and inheriting tables", schema_objects::special_relations(look).await);
     answer(found, side, "its provider's schemas", schema_objects::providers_schemas(look).await);
@@ -201,6 +212,8 @@ async fn ask_target(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "what it holds already", target::empty(look).await);
     answer(found, side, "large objects", large_objects::on_target(look).await);
     answer(found, side, "its event triggers", schema_objects::target_event_triggers(look).await);
+    answer(found, side, "whether the subscription's name is free", worker::stranger(look).await);
+    answer(found, side, "whether it can have the subscription", worker::rights(look).await);
     answer(found, side, "its worker processes", settings::worker_processes(look).await);
 }
 

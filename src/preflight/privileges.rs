@@ -248,7 +248,7 @@ pub(super) async fn replication_role(target: &Place<'_>) -> Result<Vec<Finding>>
 }
 
 /// A read-only target has a finding of its own; it says nothing about rights.
-async fn attempt_write(target: &Place<'_>, sql: &str) -> Result<Attempt> {
+pub(super) async fn attempt_write(target: &Place<'_>, sql: &str) -> Result<Attempt> {
     match target.attempt(sql).await {
         Err(error) if error.sqlstate() == Some(SqlState::READ_ONLY_SQL_TRANSACTION.code()) => Ok(Attempt::Allowed),
         other => other,

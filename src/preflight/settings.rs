@@ -183,6 +183,14 @@ pub(super) async fn worker_processes(look: &Look<'_>) -> Result<Vec<Finding>> {
         return Ok(Vec::new());
     }
     let target = &look.target;
+    let running = target.count("SELECT count(*) FROM pg_catalog.pg_stat_subscription WHERE pid IS NOT NULL").await?;
+    let workers = target.number("max_logical_replication_workers").await?.unwrap_or(0);
+    if !look.begun && workers >= 2 && workers <= running {
+        let what = format!("all {workers} of max_logical_replication_workers are at work for other subscriptions");
+        let fix =
+            format!("ALTER SYSTEM SET max_logical_replication_workers = {};  -- then restart the target", workers + 2);
+        return Ok(vec![FEW_WORKER_PROCESSES.on(Side::Target, what).fix(fix)]);
+    }
     for name in ["max_worker_processes", "max_logical_replication_workers"] {
         let value = target.number(name).await?.unwrap_or(0);
         if value < 2 {

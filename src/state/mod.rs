@@ -8,6 +8,7 @@ mod held_back;
 mod install;
 mod journal;
 mod leadership;
+mod progress;
 mod request;
 mod schema_change;
 mod tables;
@@ -20,10 +21,11 @@ use std::sync::Arc;
 use tokio::sync::{Mutex, MutexGuard};
 
 pub use held_back::{HeldBack, hold_back_sql};
-pub use schema_change::SchemaChange;
 pub use journal::{CutoverRecord, CutoverState, StepRecord, preparing_sql};
 pub use leadership::Leadership;
+pub use progress::progress_sql;
 pub use request::{Request, RequestKind, RequestState};
+pub use schema_change::SchemaChange;
 pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
 pub use unkeyed::GivenIdentity;
 
@@ -171,6 +173,12 @@ impl Store {
     #[must_use]
     pub fn new(target: Server, name: MoveName) -> Self {
         Self { target, name, session: Arc::default() }
+    }
+
+    /// The server that it lives on.
+    #[must_use]
+    pub fn target(&self) -> &Server {
+        &self.target
     }
 
     /// The move.

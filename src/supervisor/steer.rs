@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{Supervisor, Until};
+use crate::config::Engine;
 use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::lookout;
+use crate::follow::subscription::health::Health;
 use crate::postgres::{QualifiedName, Session};
 use crate::schema::hold_back;
 use crate::state::{Phase, Request, RequestKind};
@@ -90,8 +92,15 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         tokio::select! {
             decision = self.take_requests() => decision,
-            never = lookout::run(s.config, &s.source, &s.target, &s.store, &s.telemetry) => match never {},
+            never = lookout::run(s.config, &s.source, &s.target, &s.store, &s.telemetry, self.health()) => match never {},
         }
+    }
+
+    /// The look at the worker, where it is the server's.
+    fn health(&self) -> Option<Health> {
+        let s = self.supervisor;
+        (s.config.follow.engine == Engine::Subscription)
+            .then(|| Health::new(s.target.clone(), s.config.name.clone(), s.gate.clone(), s.config.follow.missing_row))
     }
 
     async fn take_requests(&self) -> Result<Decision> {

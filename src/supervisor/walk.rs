@@ -13,7 +13,7 @@ use crate::config::{CopyMethod, Ddl, Engine};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::error::{Doing, Error, Result};
 use crate::follow::ddl::capture::Capture;
-use crate::follow::{Follow, TABLES_TO_COPY, unkeyed, watching};
+use crate::follow::{Follow, TABLES_TO_COPY, subscription, unkeyed, watching};
 use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::lsn::InvalidLsn;
@@ -100,6 +100,7 @@ impl<'a> Walk<'a> {
     pub(super) async fn copy(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Copy);
+        self.only_our_stream().await?;
         // Tables that came to the move later are in no archive and in nobody's copy by hand.
         if self.nothing_copied().await? {
             match s.config.copy.method {
@@ -181,7 +182,8 @@ impl<'a> Walk<'a> {
     /// The tables of the move that both sides have.
     async fn tables_there(&self) -> Result<Vec<Table>> {
         let session = self.supervisor.target.connect("catalog").await?;
-        let there: HashSet<QualifiedName> = catalog::tables(&*session).await?.into_iter().map(|table| table.name).collect();
+        let there: HashSet<QualifiedName> =
+            catalog::tables(&*session).await?.into_iter().map(|table| table.name).collect();
         let mut tables = self.tables().await?;
         tables.retain(|table| there.contains(&table.name));
         Ok(tables)
@@ -321,6 +323,7 @@ impl<'a> Walk<'a> {
     pub(super) async fn catch_up(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Catchup);
+        self.only_our_stream().await?;
         if self.take_in_changes().await? {
             s.enter_phase(Phase::Copy).await?;
             return Ok(None);
@@ -331,7 +334,13 @@ impl<'a> Walk<'a> {
         }
         let record = s.record().await?;
         let replica_role = self.can_set_replica_role().await?;
-        let beyond = record.last_cut_lsn.unwrap_or_default();
+        let mut beyond = record.last_cut_lsn.unwrap_or_default();
+        if s.config.follow.engine == Engine::Subscription {
+            // A worker cannot read what was captured: our stream goes past the last of it. The end of the log is asked each
+            // time, for a death may have come between the two.
+            self.capture().await?;
+            beyond = beyond.max(head(&s.source.connect("catalog").await?).await?);
+        }
         let stop = s.stop.child_token();
         let mut durable = s.durable.subscribe();
         let caught_up = async {
@@ -475,13 +484,28 @@ impl<'a> Walk<'a> {
             s.enter_phase(Phase::Copy).await?;
             return Ok(None);
         }
+        let engine = s.config.follow.engine;
+        if engine == Engine::Subscription && (!self.gone.is_empty() || self.is_captured().await?) {
+            // What the stream may still bring of them, or of the schema, a worker could not pass over.
+            s.enter_phase(Phase::Catchup).await?;
+            return Ok(None);
+        }
         s.enter_phase(Phase::Follow).await?;
+        if engine == Engine::Stream {
+            self.only_our_stream().await?;
+        }
         let replica_role = self.can_set_replica_role().await?;
         let steering = Steering::new(s, self.epoch);
         let publications = self.publications();
         let follow = self.follower(replica_role, self.is_captured().await?, &publications);
         let stop = s.stop.child_token();
-        let decision = match steering.beside(follow.run(&stop), &stop).await {
+        let following = async {
+            match engine {
+                Engine::Stream => follow.run(&stop).await,
+                Engine::Subscription => follow.run_by_subscription(&stop).await,
+            }
+        };
+        let decision = match steering.beside(following, &stop).await {
             Err(error) if error.code() == TABLES_TO_COPY => Decision::CopyAgain,
             other => other?,
         };
@@ -499,11 +523,21 @@ impl<'a> Walk<'a> {
         }
     }
 
+    /// Before our stream: the worker of a subscription has ended, and progress says where it stood.
+    async fn only_our_stream(&self) -> Result<()> {
+        let s = self.supervisor;
+        subscription::leave(&s.source, &s.target, &s.store, self.epoch).await.map(drop)
+    }
+
     /// After the switch: lets the source forget us, and checks what could not be checked under the fence.
     pub(super) async fn finish(&mut self) -> Result<()> {
         let s = self.supervisor;
         s.enter_phase(Phase::Done).await?;
-        // First, for the source keeps WAL until then. It may be switched off already; its slot goes with it then.
+        // First, for it would be pulling from a source that may be switched off.
+        if let Err(error) = subscription::remove(&s.target, &s.config.name).await {
+            tracing::warn!(%error, "the subscription could not be removed; `pgtandem clean` does it later");
+        }
+        // The source keeps WAL until then. It may be switched off already; its slot goes with it then.
         if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
             tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
         }

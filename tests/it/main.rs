@@ -22,6 +22,7 @@ mod refusals;
 mod schema;
 mod schema_changes;
 mod scope;
+mod subscription;
 mod telemetry;
 mod unkeyed;
 mod wire;

@@ -349,6 +349,7 @@ fn config() -> Config {
         name: MoveName::new("app").unwrap(),
         scope: Scope::default(),
         source: nowhere.clone(),
+        source_from_target: None,
         target: nowhere,
         copy: Copy { method: CopyMethod::Copy, workers: few, index_workers: few, split_above: 1 << 30 },
         follow: Follow {

@@ -71,8 +71,7 @@ impl Capture {
     /// # Errors
     /// The connection's.
     pub async fn is_installed(&self, source: &Session) -> Result<bool> {
-        let names: Vec<String> =
-            EVENTS.iter().map(|(_, suffix)| format!("pgtandem_{}_{suffix}", self.name)).collect();
+        let names: Vec<String> = EVENTS.iter().map(|(_, suffix)| format!("pgtandem_{}_{suffix}", self.name)).collect();
         let row = source
             .query_one(
                 "SELECT count(*) = 3 FROM pg_catalog.pg_event_trigger WHERE evtname = ANY ($1) AND evtenabled = 'A'",

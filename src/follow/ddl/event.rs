@@ -152,7 +152,9 @@ impl Event {
         }
         if matches!(self.tag.as_str(), "CREATE TABLE AS" | "SELECT INTO") {
             let table = self.objects.iter().find_map(|object| object.table.as_ref());
-            return table.map(|table| Deed::MakeAndCopy(table.creation())).ok_or_else(|| "its table is not known".into());
+            return table
+                .map(|table| Deed::MakeAndCopy(table.creation()))
+                .ok_or_else(|| "its table is not known".into());
         }
         let Some(mut candidates) = self.candidates(seen)? else { return Ok(Deed::Nothing) };
         if matches!(self.tag.as_str(), "CREATE INDEX" | "DROP INDEX" | "ALTER TABLE") {
@@ -204,7 +206,8 @@ impl Event {
                 found.drain(..behind);
             }
         }
-        let rolls_back = statements.iter().any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK"));
+        let rolls_back =
+            statements.iter().any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK"));
         let statements = found.into_iter().map(|(at, s)| (at, s.to_owned())).collect();
         Ok(Some(Candidates { text, statements, rolls_back }))
     }

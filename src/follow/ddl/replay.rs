@@ -32,7 +32,8 @@ impl Applier {
     pub(in crate::follow) async fn schema_change(&mut self, text: &[u8]) -> Result<()> {
         let at = self.transaction.ok_or_else(|| Error::bug("a schema change outside a transaction"))?;
         self.schema.ordinal += 1;
-        let event = Event::read(text).map_err(|why| Error::bug(format!("a captured schema change cannot be read: {why}")))?;
+        let event =
+            Event::read(text).map_err(|why| Error::bug(format!("a captured schema change cannot be read: {why}")))?;
         if self.settings.ddl == Ddl::Stop {
             let change = self.describe(at, &event, &event.shown_text());
             let why = "follow.ddl is \"stop\"";
@@ -136,7 +137,11 @@ impl Applier {
     /// of it.
     async fn execute_one_of(&mut self, event: &Event, candidates: &Candidates) -> Result<(String, &'static str)> {
         let several = candidates.statements.len() > 1;
-        let wanted = event.objects.iter().find_map(|object| object.table.as_ref()).and_then(|t| Some((t.qualified(), t.columns()?)));
+        let wanted = event
+            .objects
+            .iter()
+            .find_map(|object| object.table.as_ref())
+            .and_then(|t| Some((t.qualified(), t.columns()?)));
         if several && candidates.rolls_back && wanted.is_none() {
             let message = "the client sent several such statements in one text and rolled some back: which one it was is not known";
             return Err(Error::new(Class::Operator, "ddl_refused", message));
@@ -153,7 +158,9 @@ impl Applier {
                 Err(error) => Err(error),
             };
             let fits = match (&outcome, &wanted) {
-                (Ok(_), Some((table, columns))) if several && candidates.rolls_back => self.columns_of(table).await? == *columns,
+                (Ok(_), Some((table, columns))) if several && candidates.rolls_back => {
+                    self.columns_of(table).await? == *columns
+                }
                 (Ok(_), _) => true,
                 (Err(_), _) => false,
             };
@@ -168,7 +175,8 @@ impl Applier {
             self.pipeline.query("ROLLBACK TO SAVEPOINT schema_change").await?;
         }
         Err(refusal.unwrap_or_else(|| {
-            let message = "none of the statements that the client sent in one text leaves the table as it is on the source";
+            let message =
+                "none of the statements that the client sent in one text leaves the table as it is on the source";
             Error::new(Class::Operator, "ddl_refused", message)
         }))
     }
@@ -223,7 +231,8 @@ impl Applier {
             return Ok(again);
         }
         for (table, reason) in std::mem::take(&mut self.schema.rewritten) {
-            let plain = reason & NEW_DEFAULT == 0 && (reason & NEW_TYPE == 0 || self.is_plain(&table, statement).await?);
+            let plain =
+                reason & NEW_DEFAULT == 0 && (reason & NEW_TYPE == 0 || self.is_plain(&table, statement).await?);
             if !plain {
                 again.push(table);
             }
@@ -249,7 +258,9 @@ impl Applier {
     /// Tables in whose old rows an added column has another value than on the source.
     async fn other_values(&mut self, event: &Event) -> Result<Vec<QualifiedName>> {
         let mut wanted: HashMap<QualifiedName, HashMap<String, String>> = HashMap::new();
-        for (schema, table, column, value) in event.objects.iter().filter_map(|o| o.table.as_ref()).flat_map(|t| &t.missing) {
+        for (schema, table, column, value) in
+            event.objects.iter().filter_map(|o| o.table.as_ref()).flat_map(|t| &t.missing)
+        {
             let table = QualifiedName::new(schema.clone(), table.clone());
             wanted.entry(table).or_default().insert(column.clone(), value.clone());
         }
@@ -263,7 +274,8 @@ impl Applier {
             let rows = self.pipeline.query(&sql).await.doing(|| "looking at the columns of a table")?;
             let differs = rows.iter().any(|row| {
                 let text = |at: usize| row.get(at).cloned().flatten();
-                text(0).and_then(|column| values.get(&column).map(|wanted| Some(wanted) != text(1).as_ref())) == Some(true)
+                text(0).and_then(|column| values.get(&column).map(|wanted| Some(wanted) != text(1).as_ref()))
+                    == Some(true)
             });
             if differs {
                 again.push(table);
@@ -331,9 +343,8 @@ impl Applier {
     }
 
     async fn forget(&mut self, table: &QualifiedName) -> Result<()> {
-        let sql = ["copy_table", "unkeyed_table"].map(|of| {
-            format!("DELETE FROM pgtandem.{of} WHERE {}", self.row_of(table))
-        });
+        let sql =
+            ["copy_table", "unkeyed_table"].map(|of| format!("DELETE FROM pgtandem.{of} WHERE {}", self.row_of(table)));
         self.pipeline.query(&sql.join("; ")).await.doing(|| format!("letting go of table {}", table.plain()))?;
         self.settings.cuts.remove(table);
         self.moved.change(|moved| {
@@ -346,7 +357,10 @@ impl Applier {
         let [schema, name] = [&new.schema, &new.name].map(|part| quote_literal(part));
         let mut sql = ["copy_table", "unkeyed_table"]
             .map(|of| {
-                format!("UPDATE pgtandem.{of} SET schema_name = {schema}, table_name = {name} WHERE {}; ", self.row_of(old))
+                format!(
+                    "UPDATE pgtandem.{of} SET schema_name = {schema}, table_name = {name} WHERE {}; ",
+                    self.row_of(old)
+                )
             })
             .concat();
         let [plain_old, plain_new, quoted_old, quoted_new] =

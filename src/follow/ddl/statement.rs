@@ -265,14 +265,18 @@ mod tests {
     #[test]
     fn the_word_concurrently_goes_and_nothing_else() {
         assert_eq!(without_concurrently("drop index concurrently if exists i"), "drop index  if exists i");
-        assert_eq!(without_concurrently("comment on table t is 'concurrently'"), "comment on table t is 'concurrently'");
+        assert_eq!(
+            without_concurrently("comment on table t is 'concurrently'"),
+            "comment on table t is 'concurrently'"
+        );
     }
 
     #[test]
     fn the_innermost_statement_is_the_one_below_the_trigger() {
         let own = "PL/pgSQL function pgtandem.capture_app() line 20 at GET DIAGNOSTICS";
         assert_eq!(inner(own), Ok(None));
-        let nested = format!("{own}\nSQL statement \"create table \"t\" (a\n int)\"\nPL/pgSQL function f() line 3 at EXECUTE");
+        let nested =
+            format!("{own}\nSQL statement \"create table \"t\" (a\n int)\"\nPL/pgSQL function f() line 3 at EXECUTE");
         assert_eq!(inner(&nested), Ok(Some("create table \"t\" (a\n int)")));
         assert_eq!(inner(&format!("{own}\nSQL function \"f\" statement 1")), Err(()));
     }
