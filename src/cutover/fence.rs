@@ -195,6 +195,7 @@ const OPENING: Duration = Duration::from_secs(1);
 /// How long the end of sessions that may still seal is waited for.
 const ENDING: Duration = Duration::from_secs(5);
 
+/// The server gives this lock back at the end of a statement, so who made one before and has not committed is not waited for.
 /// Whoever makes or removes a large object, or changes its rights, writes to this. The content is elsewhere, but a lock there would
 /// keep readers waiting, for they lock it like writers.
 const LARGE_OBJECTS: &str = "pg_catalog.pg_largeobject_metadata";

@@ -162,25 +162,6 @@ async fn an_object_of_somebody_else_refuses_the_cutover_by_name() {
     assert_eq!(sides.to.query_string("select convert_from(lo_get(4712), 'UTF8')").await, "theirs too");
 }
 
-/// Nobody makes or removes one while the fence is closed, and who is at it is waited for.
-#[tokio::test]
-async fn an_object_that_is_being_made_keeps_the_fence_open() {
-    let sides = Sides::new(versions_under_test()).await;
-    // Given a source that had none before,
-    sides.from.execute("create table t (id int primary key)").await;
-    let daemon = sides.following().await;
-    let maker = sides.from.connect().await;
-    maker
-        .batch_execute("set application_name = 'a slow upload'; begin; select lo_from_bytea(4712, 'new')")
-        .await
-        .unwrap();
-    let refused = sides.ask("6s").await;
-    assert!(refused.code == Some(1) && refused.stderr.contains("a slow upload"), "{refused}");
-    maker.batch_execute("commit").await.unwrap();
-    sides.cut_over(daemon).await;
-    assert_eq!(described(&sides.to).await, described(&sides.from).await);
-}
-
 #[tokio::test]
 async fn large_objects_stay_where_the_configuration_says_so() {
     let sides = Sides::new(versions_under_test()).await.configured("[move]\nlarge_objects = false");
