@@ -192,6 +192,23 @@ pub async fn tables_of_cut(source: &Server, scope: &Scope, name: &MoveName, cut:
     Ok(tables)
 }
 
+/// Makes sure that the cut still shows every row of its tables: a TRUNCATE or an ALTER TABLE that rewrites leaves nothing
+/// of a table for those who look at it through an older snapshot. Asked after the rows were read.
+///
+/// # Errors
+/// Class retry: a table was rewritten since the cut, so what was read of it may be nothing at all.
+pub async fn nothing_rewritten(source: &Server, snapshot: &str, tables: &[Table]) -> Result<()> {
+    let session = source.connect("copy").await?;
+    session.batch_execute(&statements::import_snapshot(snapshot)).await.doing(|| "importing the snapshot")?;
+    let oids: Vec<u32> = tables.iter().map(|table| table.oid).collect();
+    let rewritten = session.query(statements::REWRITTEN, &[&oids]).await.doing(|| "looking for rewritten tables")?;
+    session.batch_execute("COMMIT").await?;
+    let Some(row) = rewritten.first() else { return Ok(()) };
+    let oid: u32 = row.try_get(0)?;
+    let name = tables.iter().find(|table| table.oid == oid).map(|table| table.name.plain()).unwrap_or_default();
+    Err(worker::rewritten().doing(format!("reading the table {name}")))
+}
+
 /// As [`tables_of_cut`], but for those that are copied already; the session stays in the transaction that sees the cut.
 async fn shown(
     session: &Session,

@@ -42,6 +42,11 @@ pub(super) fn lock(table: &Table) -> String {
     )
 }
 
+/// `$1`: oids of tables. Those that were rewritten since the cut, by the same reasoning; what was dropped is not among them.
+pub(super) const REWRITTEN: &str = "
+    SELECT c.oid FROM pg_catalog.pg_class c
+    WHERE c.oid = ANY ($1) AND c.relfilenode <> pg_catalog.pg_relation_filenode(c.oid)";
+
 /// Reads a table, or the rows that stood in a range of its blocks.
 pub(super) fn read(table: &Table, blocks: Option<Blocks>) -> String {
     let Some(blocks) = blocks else {

@@ -213,11 +213,16 @@ async fn lock(
     if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") {
         return Ok(());
     }
-    Err(Error::new(
+    Err(rewritten())
+}
+
+/// The snapshot does not show all of the table any more.
+pub(super) fn rewritten() -> Error {
+    Error::new(
         Class::Retry,
         "table_rewritten",
         "the table was truncated, rewritten or made anew after the cut was taken; it is copied under another one",
-    ))
+    )
 }
 
 /// Passes a table's progress on in steps that are worth a report.

@@ -151,9 +151,9 @@ impl DataArchive {
         tables: &[Table],
         workers: NonZeroUsize,
     ) -> Result<()> {
-        if request.snapshot.is_none() {
+        let Some(snapshot) = request.snapshot else {
             return Err(Error::bug("rows dumped without the snapshot of their cut"));
-        }
+        };
         let rows = self.rows();
         let left_out = {
             let session = request.source.connect("schema").await?;
@@ -171,6 +171,8 @@ impl DataArchive {
                 .arg(&rows)
         })
         .await?;
+        // While pg_dump ran it held a lock on each table; before, one may have been rewritten under the snapshot's feet.
+        copy::nothing_rewritten(request.source, snapshot, tables).await?;
         sync_folder(&rows)?;
         self.owner.cut = Some(cut.to_string());
         self.owner.tables = tables
