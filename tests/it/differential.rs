@@ -6,6 +6,7 @@
 //! which promise is tested where.
 
 pub mod case;
+mod generator;
 mod rows;
 mod transactions;
 mod values;

@@ -393,7 +393,8 @@ impl Sessions {
     }
 }
 
-async fn copy_in(client: &Client, copy: &str, lines: &str) -> Result<(), tokio_postgres::Error> {
+/// COPY FROM STDIN with these lines.
+pub async fn copy_in(client: &Client, copy: &str, lines: &str) -> Result<(), tokio_postgres::Error> {
     let sink = client.copy_in::<_, bytes::Bytes>(copy).await?;
     let mut sink = std::pin::pin!(sink);
     sink.send(bytes::Bytes::from(format!("{lines}\n"))).await?;
