@@ -55,15 +55,18 @@ impl Worker {
         Ok(Self { source, target })
     }
 
-    /// Works until nothing is left.
-    pub(super) async fn work(mut self, job: Arc<Job>) -> Result<()> {
-        while let Some(unit) = job.next() {
+    /// Works until nothing is left of what is late or is not.
+    pub(super) async fn work(mut self, job: Arc<Job>, late: bool) -> Result<Self> {
+        while let Some(unit) = job.next(late) {
             let Some(table) = job.tables.get(unit.table) else { return Err(Error::bug("a unit without a table")) };
             self.copy(&job, table, unit).await.doing(|| format!("copying the table {}", table.table().name.plain()))?;
         }
-        // The snapshot was read only: there is nothing to commit.
+        Ok(self)
+    }
+
+    /// Ends both sessions. The snapshot was read only: there is nothing to commit.
+    pub(super) async fn close(self) {
         tokio::join!(self.source.close(), self.target.close());
-        Ok(())
     }
 
     async fn copy(&mut self, job: &Job, table: &InFlight, unit: Unit) -> Result<()> {

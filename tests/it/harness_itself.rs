@@ -4,8 +4,7 @@ use std::process::{Command, Stdio};
 
 use crate::harness::{
     Cluster, Database, PATIENCE, Pgtandem, Stop, VERSIONS, assert_same, assert_same_catalog, catalog_differences,
-    client_program, differences,
-    versions_under_test, wait_until,
+    client_program, differences, versions_under_test, wait_until,
 };
 
 /// Where the test that gets killed writes down the data directory of its cluster.
@@ -258,7 +257,11 @@ async fn differences_of_the_catalog_are_seen_one_by_one() {
         ("alter table t set (fillfactor = 50)", "alter table t reset (fillfactor)", "fillfactor=50"),
         ("grant select on t to somebody", "revoke select on t from somebody", "somebody=SELECT"),
         ("grant select (v) on t to somebody", "revoke select (v) on t from somebody", "somebody=SELECT"),
-        ("comment on column t.v is 'note'", "comment on column t.v is null", "comment on table column public.t.v: note"),
+        (
+            "comment on column t.v is 'note'",
+            "comment on column t.v is null",
+            "comment on table column public.t.v: note",
+        ),
         ("alter table t disable trigger tr", "alter table t enable trigger tr", "trigger tr on public.t state D"),
         ("alter table r disable trigger all", "alter table r enable trigger all", "trigger of r_id_fkey"),
         ("alter table t disable rule ru", "alter table t enable rule ru", "rule ru on public.t state D"),
@@ -272,7 +275,11 @@ async fn differences_of_the_catalog_are_seen_one_by_one() {
         ("alter table t drop constraint positive, add constraint positive check (w > 0) not valid", "", "validated f"),
         ("alter table r drop constraint r_id_fkey", "", "constraint r_id_fkey"),
         ("create or replace view vw as select id + 0 as id from t", "", "view public.vw"),
-        ("create or replace function f() returns trigger language plpgsql as 'begin return null; end'", "", "return null"),
+        (
+            "create or replace function f() returns trigger language plpgsql as 'begin return null; end'",
+            "",
+            "return null",
+        ),
         ("alter default privileges grant select on tables to somebody", "", "default privileges"),
         ("create cast (mood as int) with inout", "", "cast (public.mood AS integer)"),
     ] {
@@ -280,7 +287,11 @@ async fn differences_of_the_catalog_are_seen_one_by_one() {
         let found = catalog_differences(&ours, &theirs).await.join("\n");
         assert!(found.contains(seen), "after {change}, {seen:?} is not in {found:?}");
         // Then it is taken back, or made on the other side too.
-        if back.is_empty() { ours.execute(change).await } else { theirs.execute(back).await }
+        if back.is_empty() {
+            ours.execute(change).await
+        } else {
+            theirs.execute(back).await
+        }
         assert_same_catalog(&ours, &theirs).await;
     }
 }

@@ -8,6 +8,7 @@
 //! what stands before the first one goes to a session of its own. Every step is waited for.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::SinkExt;
@@ -72,7 +73,8 @@ const COVERING: [((u16, u16), Method, Role); 8] = [
 /// Every pair of versions, method, engine and role.
 fn product() -> Vec<Combination> {
     let versions = crate::harness::VERSIONS;
-    let pairs = versions.iter().flat_map(|&from| versions.iter().filter(move |&&to| to >= from).map(move |&to| (from, to)));
+    let pairs =
+        versions.iter().flat_map(|&from| versions.iter().filter(move |&&to| to >= from).map(move |&to| (from, to)));
     let mut all = Vec::new();
     for versions in pairs {
         for engine in ENGINES {
@@ -254,7 +256,6 @@ impl Case {
 /// One move of a case.
 pub struct Moved {
     case: Case,
-    pub combination: Combination,
     /// As the role that owns what moves.
     pub from: Database,
     pub to: Database,
@@ -262,6 +263,7 @@ pub struct Moved {
     pub from_above: Database,
     pub to_above: Database,
     pub pgtandem: Pgtandem,
+    peak_memory: AtomicU64,
     _folder: TempDir,
 }
 
@@ -282,7 +284,16 @@ impl Moved {
         if combination.engine == Engine::Subscription {
             pgtandem = pgtandem.env("PGTANDEM_FOLLOW_ENGINE", "subscription");
         }
-        Self { case: case.clone(), combination, from, to, from_above, to_above, pgtandem, _folder: folder }
+        Self {
+            case: case.clone(),
+            from,
+            to,
+            from_above,
+            to_above,
+            pgtandem,
+            peak_memory: AtomicU64::new(0),
+            _folder: folder,
+        }
     }
 
     async fn play_and_move(&self) {
@@ -295,9 +306,13 @@ impl Moved {
         let gate = self.to_above.connect().await;
         gate.batch_execute("begin; lock table zz_gate").await.expect("lock the gate");
         if !self.case.before.is_empty() {
-            let waiting = "select exists (select from pg_replication_slots where slot_name = 'pgtandem_NAME' and active)";
+            let waiting =
+                "select exists (select from pg_replication_slots where slot_name = 'pgtandem_NAME' and active)";
             let waiting = waiting.replace("NAME", self.from.name());
-            wait_until("the slot is being made", PATIENCE, async || self.from_above.query_string(&waiting).await == "t").await;
+            wait_until("the slot is being made", PATIENCE, async || {
+                self.from_above.query_string(&waiting).await == "t"
+            })
+            .await;
             around.run(&self.case.meanwhile).await;
         }
         daemon.wait_for_log("took the first cut", PATIENCE).await;
@@ -308,11 +323,14 @@ impl Moved {
         gate.batch_execute("commit").await.expect("open the gate");
         following(&mut daemon, self.case.patience).await;
         self.play(2).await;
+        self.applied().await;
+        self.measure(&daemon);
         if self.case.deaths {
             daemon = self.kill(daemon);
             following(&mut daemon, self.case.patience).await;
         }
         self.play(3).await;
+        self.measure(&daemon);
         cut_over(&self.pgtandem, daemon).await;
         assert_same(&self.from_above, &self.to_above).await;
         assert_same_catalog(&self.from_above, &self.to_above).await;
@@ -321,6 +339,25 @@ impl Moved {
     /// One round of the script.
     async fn play(&self, round: u32) {
         Sessions::of(&self.from).run(&self.case.script.replace("ROUND", &round.to_string())).await;
+    }
+
+    /// Waits until the target has what is committed on the source now.
+    pub async fn applied(&self) {
+        let head = self.from_above.query_string("select pg_current_wal_lsn()").await;
+        let reached = format!("select lsn >= '{head}' from pgtandem.progress");
+        wait_until("it is applied", 4 * PATIENCE, async || self.to_above.query_string(&reached).await == "t").await;
+    }
+
+    /// The most memory that the daemon ever held, in bytes, as the kernel counts it.
+    pub fn peak_memory(&self) -> u64 {
+        self.peak_memory.load(Ordering::Relaxed)
+    }
+
+    fn measure(&self, daemon: &Running) {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or_default();
+        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+        self.peak_memory.fetch_max(kilobytes << 10, Ordering::Relaxed);
     }
 
     /// SIGKILL, and the next daemon.
@@ -397,7 +434,7 @@ impl Sessions {
 pub async fn copy_in(client: &Client, copy: &str, lines: &str) -> Result<(), tokio_postgres::Error> {
     let sink = client.copy_in::<_, bytes::Bytes>(copy).await?;
     let mut sink = std::pin::pin!(sink);
-    sink.send(bytes::Bytes::from(format!("{lines}\n"))).await?;
+    sink.send(bytes::Bytes::from(format!("{}\n", lines.trim_end_matches('\n')))).await?;
     sink.finish().await.map(drop)
 }
 
@@ -446,7 +483,10 @@ fn a_script_is_split_into_the_steps_of_its_sessions() {
     // A line that begins with `@` is a session's, also inside a literal: scripts keep it from there.
     let script = script.replace("\n@ is", " @ is");
     let found = steps(&script);
-    assert_eq!(found, [("", "select 1;\nselect 'x @ is no session';"), ("a", "begin;"), ("b", "insert\n  into t;"), ("a", "commit")]);
+    assert_eq!(
+        found,
+        [("", "select 1;\nselect 'x @ is no session';"), ("a", "begin;"), ("b", "insert\n  into t;"), ("a", "commit")]
+    );
 }
 
 #[test]

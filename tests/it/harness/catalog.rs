@@ -44,9 +44,10 @@ const FACTS: [&str; 18] = [
             RIGHTS(c.relacl, case c.relkind when 'S' then 's' else 'r' end, c.relowner))
        from pg_class c join pg_namespace n on n.oid = c.relnamespace left join pg_am am on am.oid = c.relam
       where c.relkind in ('r', 'p', 'v', 'm', 'f', 'S', 'c') and c.relpersistence <> 't' and USERS and OURS('pg_class', c.oid)",
-    // Columns, in their order. Partitions share the identity of their root from 17 on.
+    // Columns, in their order; those that are inherited come first after pg_dump. Partitions share the identity of their root from 17 on.
     "select format('column %I.%I.%I number %s type %s not null %s default %s identity %s generated %s collation %s storage %s statistics %s local %s parents %s options %s rights %s',
-            n.nspname, c.relname, a.attname, row_number() over (partition by c.oid order by a.attnum), format_type(a.atttypid, a.atttypmod), a.attnotnull,
+            n.nspname, c.relname, a.attname, 
+            case when c.relispartition or not exists (select from pg_inherits where inhrelid = c.oid) then row_number() over (partition by c.oid order by a.attnum) end, format_type(a.atttypid, a.atttypmod), a.attnotnull,
             pg_get_expr(d.adbin, d.adrelid), case when not c.relispartition then a.attidentity end, a.attgenerated, nullif(a.attcollation, t.typcollation)::regcollation,
             a.attstorage, nullif(coalesce(a.attstattarget, -1), -1), a.attislocal, a.attinhcount, a.attoptions,
             RIGHTS(a.attacl, 'c', c.relowner))
@@ -55,23 +56,23 @@ const FACTS: [&str; 18] = [
        left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
       where a.attnum > 0 and not a.attisdropped and c.relkind in ('r', 'p', 'v', 'm', 'f', 'c') and c.relpersistence <> 't'
         and USERS and OURS('pg_class', c.oid)",
-    // Constraints of tables and domains. NOT NULL is a constraint from 18 on; the columns tell.
+    // Constraints of tables and domains; a foreign key is told by its root, since those below have names that the server made up. NOT NULL is a constraint from 18 on; the columns tell.
     "select format('constraint %I on %s%s validated %s local %s parents %s noinherit %s', con.conname, coalesce(nullif(con.conrelid, 0)::regclass::text, con.contypid::regtype::text),
             ' ' || pg_get_constraintdef(con.oid), con.convalidated, con.conislocal, con.coninhcount, con.contype = 'c' and con.connoinherit)
        from pg_constraint con join pg_namespace n on n.oid = con.connamespace
-      where con.contype <> 'n' and USERS and OURS('pg_class', con.conrelid) and OURS('pg_type', con.contypid)",
+      where con.contype <> 'n' and not (con.contype = 'f' and con.conparentid <> 0) and USERS and OURS('pg_class', con.conrelid) and OURS('pg_type', con.contypid)",
     "select format('index %s on %s valid %s ready %s identity %s clustered %s statistics %s', pg_get_indexdef(i.indexrelid), i.indrelid::regclass, i.indisvalid, i.indisready,
             i.indisreplident, i.indisclustered,
             (select string_agg(attnum || ':' || attstattarget, ' ' order by attnum) from pg_attribute where attrelid = i.indexrelid and attstattarget >= 0))
        from pg_index i join pg_class c on c.oid = i.indexrelid join pg_namespace n on n.oid = c.relnamespace
       where USERS and OURS('pg_class', i.indrelid)",
-    // Triggers of the user, also those of partitions; those of keys by what they belong to, for their names hold oids.
+    // Triggers of the user, also those of partitions; of a foreign key over partitions each version makes others; those of keys by what they belong to, for their names hold oids.
     "select format('trigger %s on %s state %s %s', case when con.contype in ('f', 'p', 'u', 'x') then 'of ' || con.conname || ' kind ' || t.tgtype else t.tgname end,
             t.tgrelid::regclass, t.tgenabled, case when con.contype in ('f', 'p', 'u', 'x') then null else pg_get_triggerdef(t.oid) end)
        from pg_trigger t join pg_class c on c.oid = t.tgrelid join pg_namespace n on n.oid = c.relnamespace
        left join pg_constraint con on con.oid = t.tgconstraint
        join pg_proc p on p.oid = t.tgfoid join pg_namespace pn on pn.oid = p.pronamespace
-      where pn.nspname <> 'pgtandem' and USERS and OURS('pg_class', c.oid)",
+      where pn.nspname <> 'pgtandem' and (con.contype is distinct from 'f' or con.conparentid = 0 and c.relkind <> 'p') and USERS and OURS('pg_class', c.oid)",
     "select format('rule %I on %s state %s event %s instead %s%s', r.rulename, r.ev_class::regclass, r.ev_enabled, r.ev_type, r.is_instead, SAME_VERSION(' ' || pg_get_ruledef(r.oid)))
        from pg_rewrite r join pg_class c on c.oid = r.ev_class join pg_namespace n on n.oid = c.relnamespace
       where USERS and OURS('pg_class', c.oid)",
@@ -168,9 +169,7 @@ fn fill_in(query: &str, same_version: bool) -> String {
         let class = if *class == "'ANY'" { String::new() } else { format!("dep.classid = {class}::regclass and ") };
         format!("not exists (select from pg_depend dep where {class}dep.objid = {oid} and dep.deptype = 'e')")
     });
-    replace_call(&sql, "SAME_VERSION(", |arguments| {
-        if same_version { arguments.join(", ") } else { "null".to_owned() }
-    })
+    replace_call(&sql, "SAME_VERSION(", |arguments| if same_version { arguments.join(", ") } else { "null".to_owned() })
 }
 
 /// Replaces each `name(a, b)`, whose arguments may hold parentheses.

@@ -8,20 +8,47 @@ use super::schema::{Placed, Table};
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A statement of a session, inside its transaction, which it opens if need be.
-    Change { session: u8, table: u8, change: Change },
+    Change {
+        session: u8,
+        table: u8,
+        change: Change,
+    },
     /// TRUNCATE of some tables.
-    Truncate { session: u8, tables: Vec<u8>, cascade: bool, restart: bool },
-    Savepoint { session: u8 },
-    RollbackToSavepoint { session: u8 },
-    Commit { session: u8 },
-    Rollback { session: u8 },
+    Truncate {
+        session: u8,
+        tables: Vec<u8>,
+        cascade: bool,
+        restart: bool,
+    },
+    Savepoint {
+        session: u8,
+    },
+    RollbackToSavepoint {
+        session: u8,
+    },
+    Commit {
+        session: u8,
+    },
+    Rollback {
+        session: u8,
+    },
     /// Two-phase: decided at the end of the stage, or by the next of its kind.
-    Prepare { session: u8 },
-    Decide { commit: bool },
+    Prepare {
+        session: u8,
+    },
+    Decide {
+        commit: bool,
+    },
     /// A logical message of somebody else.
-    Message { session: u8, transactional: bool },
+    Message {
+        session: u8,
+        transactional: bool,
+    },
     /// REPLICA IDENTITY FULL, or what it was.
-    Identity { table: u8, full: bool },
+    Identity {
+        table: u8,
+        full: bool,
+    },
     /// SIGKILL for the daemon, and the next one.
     Kill,
 }
@@ -29,21 +56,53 @@ pub enum Event {
 /// What happens to a table.
 #[derive(Clone, Debug)]
 pub enum Change {
-    Insert { key: u8, value: u8, wide: bool },
-    InsertMany { from: u8, count: u8, value: u8 },
-    Copy { from: u8, count: u8 },
-    Upsert { key: u8, value: u8 },
+    Insert {
+        key: u8,
+        value: u8,
+        wide: bool,
+    },
+    InsertMany {
+        from: u8,
+        count: u8,
+        value: u8,
+    },
+    Copy {
+        from: u8,
+        count: u8,
+    },
+    Upsert {
+        key: u8,
+        value: u8,
+    },
     /// Sets one column of the rows that are picked.
-    Set { pick: Pick, column: u8, value: u8 },
+    Set {
+        pick: Pick,
+        column: u8,
+        value: u8,
+    },
     /// The key of one row.
-    SetKey { pick: Pick, to: u8 },
+    SetKey {
+        pick: Pick,
+        to: u8,
+    },
     /// Two rows exchange their keys, or their values of the second unique index.
-    Swap { one: u8, other: u8, keys: bool },
+    Swap {
+        one: u8,
+        other: u8,
+        keys: bool,
+    },
     /// The keys of all rows.
-    Shift { by: i8 },
-    Delete { pick: Pick },
+    Shift {
+        by: i8,
+    },
+    Delete {
+        pick: Pick,
+    },
     /// Gone and there again.
-    Replace { key: u8, value: u8 },
+    Replace {
+        key: u8,
+        value: u8,
+    },
 }
 
 /// Which rows.
@@ -118,16 +177,26 @@ pub fn statements(table: Placed<'_>, change: &Change) -> Vec<String> {
             let last = i32::from(from) + i32::from(count % 64);
             vec![format!("insert into {name} ({columns}) select {values} from generate_series({from}, {last}) i")]
         }
-        Change::InsertMany { from, value, .. } => vec![insert(table, from, value, false), insert(table, from.wrapping_add(1), value, true)],
+        Change::InsertMany { from, value, .. } => {
+            vec![insert(table, from, value, false), insert(table, from.wrapping_add(1), value, true)]
+        }
         Change::Copy { from, count } => {
             let two = if key == super::schema::Key::Two { ", k2" } else { "" };
             let rows = (0..count % 32).map(|i| {
-                let literal = if key.counts() || key == super::schema::Key::None { (u32::from(from) + u32::from(i)).to_string() } else { return String::new() };
+                let literal = if key.counts() || key == super::schema::Key::None {
+                    (u32::from(from) + u32::from(i)).to_string()
+                } else {
+                    return String::new();
+                };
                 let two = if two.is_empty() { "" } else { "\t1" };
                 format!("{literal}\t{i}\t\\N{two}\n")
             });
             let rows: String = rows.collect();
-            if rows.trim().is_empty() { Vec::new() } else { vec![format!("copy {name} (k, n, big{two}) from stdin\n{rows}")] }
+            if rows.trim().is_empty() {
+                Vec::new()
+            } else {
+                vec![format!("copy {name} (k, n, big{two}) from stdin\n{rows}")]
+            }
         }
         Change::Upsert { key: k, value } => {
             let target = match key {
@@ -154,7 +223,9 @@ pub fn statements(table: Placed<'_>, change: &Change) -> Vec<String> {
         }
         Change::Swap { one, other, keys: false } if table.has_unique() && table.table().unique == Some(true) => {
             let (one, other) = (one % 8, other % 8);
-            vec![format!("update {name} set u = case u when {one} then {other} else {one} end where u in ({one}, {other})")]
+            vec![format!(
+                "update {name} set u = case u when {one} then {other} else {one} end where u in ({one}, {other})"
+            )]
         }
         Change::Swap { one, other, keys: false } if table.has_unique() => {
             let (one, other) = (one % 8, other % 8);
@@ -228,8 +299,17 @@ fn literal(type_name: &str, texts: &[&str], value: u8) -> String {
 }
 
 fn assignment(table: Placed<'_>, column: u8, value: u8) -> String {
-    let mut choices = vec![format!("n = {value}"), format!("big = {}", big(value, true)), format!("n = n + 1, big = {}", big(value, false))];
-    choices.extend(table.columns().into_iter().map(|(name, type_name, texts)| format!("{name} = {}", literal(type_name, texts, value))));
+    let mut choices = vec![
+        format!("n = {value}"),
+        format!("big = {}", big(value, true)),
+        format!("n = n + 1, big = {}", big(value, false)),
+    ];
+    choices.extend(
+        table
+            .columns()
+            .into_iter()
+            .map(|(name, type_name, texts)| format!("{name} = {}", literal(type_name, texts, value))),
+    );
     if table.has_unique() {
         choices.push(format!("u = {}", nullable(value)));
     }
@@ -248,7 +328,11 @@ fn assignment(table: Placed<'_>, column: u8, value: u8) -> String {
 fn condition(table: Placed<'_>, pick: Pick) -> String {
     match pick {
         Pick::Key(k) => format!("k = {}", table.table().key.literal(k)),
-        Pick::Any(n) => format!("(tableoid, ctid) = (select tableoid, ctid from {} order by tableoid, ctid offset {} limit 1)", table.name(), n % 8),
+        Pick::Any(n) => format!(
+            "(tableoid, ctid) = (select tableoid, ctid from {} order by tableoid, ctid offset {} limit 1)",
+            table.name(),
+            n % 8
+        ),
         Pick::Some(n) => format!("n % 3 = {}", n % 3),
         Pick::All => "true".to_owned(),
     }

@@ -107,8 +107,10 @@ impl Key {
             Self::Text => format!("'k\\ \"''{n},ä'"),
             Self::Alike => format!("'{}{}'", if n % 2 == 0 { 'a' } else { 'A' }, n / 2),
             Self::Numeric => format!("{}.{}", n / 2, "0".repeat(1 + n as usize % 2)),
-            Self::Float => ["'-0'", "'0'", "'NaN'", "'Infinity'", "0.1", "5e-324", "1e300", "-1"][n as usize % 8].to_owned(),
-            Self::Pair => format!("'({n},\"a \"\"{n}\"\",b\")'"),
+            Self::Float => {
+                ["'-0'", "'0'", "'NaN'", "'Infinity'", "0.1", "5e-324", "1e300", "-1"][n as usize % 8].to_owned()
+            }
+            Self::Pair => format!("'({n},\"a \"\"{n}\"\",b\")'::pair"),
             Self::Mood => ["'sad'", "''", "'it''s, \"ok\"'"][n as usize % 3].to_owned(),
             Self::Bytes => format!("'\\x00{n:02x}5c'"),
             _ => n.to_string(),
@@ -166,7 +168,20 @@ pub fn table() -> impl Strategy<Value = Table> {
     )
         .prop_map(|((key, full, spread), columns, unique, reference, rest)| {
             let (exclusion, generated, identity, trigger, dropped_column, odd_name) = rest;
-            Table { key, full, spread, columns, unique, reference, exclusion, generated, identity, trigger, dropped_column, odd_name }
+            Table {
+                key,
+                full,
+                spread,
+                columns,
+                unique,
+                reference,
+                exclusion,
+                generated,
+                identity,
+                trigger,
+                dropped_column,
+                odd_name,
+            }
         })
 }
 
@@ -213,7 +228,10 @@ impl<'a> Placed<'a> {
     /// Whether its identity may become FULL and its key's again.
     pub fn changes_identity(self) -> bool {
         let table = self.table();
-        table.spread == Spread::Plain && !table.full && !table.generated && !matches!(table.key, Key::None | Key::Deferrable | Key::Index)
+        table.spread == Spread::Plain
+            && !table.full
+            && !table.generated
+            && !matches!(table.key, Key::None | Key::Deferrable | Key::Index)
     }
 
     pub fn has_unique(self) -> bool {
@@ -272,7 +290,8 @@ impl<'a> Placed<'a> {
         }
         if let Some(to) = self.reference() {
             let (_, how) = table.reference.unwrap_or_default();
-            let action = ["", " on delete cascade on update cascade", " on delete set null", " deferrable initially deferred"];
+            let action =
+                ["", " on delete cascade on update cascade", " on delete set null", " deferrable initially deferred"];
             // An action would update or delete rows that nothing identifies.
             let how = if self.identified() { usize::from(how) % action.len() } else { 0 };
             parts.push(format!("ref int references {}{}", to.name(), action[how]));
