@@ -79,10 +79,8 @@ async fn accepted(store: &Store, id: i64) -> Result<()> {
             Some(RequestState::Failed) => {
                 let answer = request.and_then(|request| request.answer).unwrap_or_default();
                 let text = |name: &str| answer.pointer(name).and_then(serde_json::Value::as_str).map(str::to_owned);
-                let error = no(
-                    "resync_refused",
-                    text("/error/message").unwrap_or_else(|| "the daemon gave no reason".to_owned()),
-                );
+                let error =
+                    no("resync_refused", text("/error/message").unwrap_or_else(|| "the daemon gave no reason".to_owned()));
                 return Err(match text("/error/hint") {
                     Some(hint) => error.hint(hint),
                     None => error,

@@ -138,9 +138,11 @@ pub(crate) fn dropped(table: &QualifiedName) -> Error {
 /// A table of the move whose changes do not reach the stream.
 pub(crate) fn unpublished(table: &QualifiedName) -> Error {
     let message = format!("the changes of table {} are not published any more", table.plain());
-    Error::new(Class::Operator, "table_not_published", message).hint(format!(
-        "it was dropped and made again, or someone altered the publication: changes are missing. See that the target's \
+    Error::new(Class::Operator, "table_not_published", message).hint(
+        format!(
+            "it was dropped and made again, or someone altered the publication: changes are missing. See that the target's \
              table has the same shape, then `pgtandem resync {}` copies it again",
-        table.plain()
-    ))
+            table.plain()
+        ),
+    )
 }
