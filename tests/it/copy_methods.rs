@@ -187,7 +187,7 @@ async fn an_archive_of_a_table_that_was_emptied_before_it_was_read_is_made_again
     std::fs::write(at("pg_dump"), script).unwrap();
     std::fs::set_permissions(at("pg_dump"), std::fs::Permissions::from_mode(0o755)).unwrap();
     std::os::unix::fs::symlink(client_program(18, "pg_restore"), at("pg_restore")).unwrap();
-    let path = format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap());
+    let path = format!("{}:{}", programs.path().display(), std::env::var_os("PATH").unwrap().display());
     sides.pgtandem = sides.pgtandem.env("PATH", path);
 
     let mut daemon = sides.pgtandem.spawn(&["run"]);

@@ -288,9 +288,9 @@ async fn differences_of_the_catalog_are_seen_one_by_one() {
         assert!(found.contains(seen), "after {change}, {seen:?} is not in {found:?}");
         // Then it is taken back, or made on the other side too.
         if back.is_empty() {
-            ours.execute(change).await
+            ours.execute(change).await;
         } else {
-            theirs.execute(back).await
+            theirs.execute(back).await;
         }
         assert_same_catalog(&ours, &theirs).await;
     }

@@ -175,7 +175,7 @@ impl Case {
     }
 
     /// Needs a source of this version or newer.
-    pub fn from_version(mut self, oldest: u16) -> Self {
+    pub fn since_version(mut self, oldest: u16) -> Self {
         self.oldest = oldest;
         self
     }
@@ -454,6 +454,12 @@ fn steps(script: &str) -> Vec<(&str, &str)> {
         session = name;
         rest = after;
     }
+}
+
+/// A number that the person who runs the tests may give.
+pub fn number(name: &str) -> Option<u64> {
+    let text = std::env::var_os(name)?;
+    Some(text.to_str().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{name} is a number, not {text:?}")))
 }
 
 /// Waits until the move follows.

@@ -23,6 +23,7 @@ use proptest::test_runner::{Config, RngSeed, TestCaseError, TestError, TestRunne
 use self::history::Event;
 use self::run::Stage;
 use self::schema::Table;
+use super::case::number;
 
 /// Versions of source and target; a seed picks one.
 const PAIRS: [(u16, u16); 8] = [(16, 17), (13, 18), (18, 18), (15, 15), (14, 16), (17, 18), (13, 13), (14, 15)];
@@ -56,10 +57,6 @@ fn plan() -> impl Strategy<Value = Plan> {
             superuser,
             small_batches,
         })
-}
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
 }
 
 /// Runs cases until the time is over, and prints how many.

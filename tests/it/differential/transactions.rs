@@ -1,6 +1,6 @@
 //! Transactions: snapshot and stream meet exactly, and every transaction arrives whole, once, and in order.
 
-use super::case::{Case, cut_over, following};
+use super::case::{Case, cut_over, following, number};
 use crate::harness::{Cluster, PATIENCE, Pgtandem, assert_same, versions_under_test, wait_until};
 
 /// Prepared before the move begins, and decided after the cut.
@@ -110,10 +110,6 @@ async fn a_refusal_of_the_moment_repeats_the_whole_target_transaction() {
     assert_same(&from, &to).await;
 }
 
-fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
-}
-
 /// One transaction changes every table; more statements than are kept prepared.
 async fn many_tables_in_one_transaction(tables: u64) {
     let schema = format!(
@@ -134,13 +130,13 @@ async fn many_tables_in_one_transaction(tables: u64) {
 
 #[tokio::test]
 async fn a_transaction_over_many_tables_arrives_whole() {
-    many_tables_in_one_transaction(number("PGTANDEM_TEST_TABLES", 700)).await;
+    many_tables_in_one_transaction(number("PGTANDEM_TEST_TABLES").unwrap_or(700)).await;
 }
 
 /// Tens of millions of rows by hand: `PGTANDEM_TEST_ROWS=30000000`, best with a release build.
 #[tokio::test]
 async fn a_large_transaction_takes_no_memory_of_its_size() {
-    let rows = number("PGTANDEM_TEST_ROWS", 60_000);
+    let rows = number("PGTANDEM_TEST_ROWS").unwrap_or(60_000);
     let script = format!(
         "begin; insert into t select {rows} * ROUND + i, repeat('x', 500) from generate_series(1, {rows}) i;
          savepoint s; update t set v = 'never'; rollback to s;
@@ -154,4 +150,11 @@ async fn a_large_transaction_takes_no_memory_of_its_size() {
             assert!(peak < 300, "the daemon held {peak} MB");
         })
         .await;
+}
+
+/// A daemon that died during the copy makes its dump of the schema anew, when what captures changes of it is there already.
+#[tokio::test]
+async fn a_death_during_the_copy_leaves_what_captures_changes_behind() {
+    let case = Case::new("dies").schema("create table t (id int primary key)").script("insert into t values (ROUND)");
+    case.covering(&[0]).with_deaths().moves().await;
 }

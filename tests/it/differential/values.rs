@@ -1,6 +1,6 @@
 //! Values: whatever the source prints, the target reads as the same.
 
-use super::case::{Case, cut_over, following};
+use super::case::{Case, cut_over, following, number};
 use crate::harness::{Cluster, PATIENCE, Pgtandem, assert_same, versions_under_test};
 
 const VALUES: &str = include_str!("content/values.sql");
@@ -117,14 +117,14 @@ async fn multiranges_and_types_of_extensions_arrive() {
         .replace("ext_words", "words")
         .replace("k <> ''", "k::text <> ''")
         .replace("where k = '';", "where k::text = '';");
-    let case = Case::new("extensions").schema(schema).script(&script).from_version(14);
+    let case = Case::new("extensions").schema(schema).script(&script).since_version(14);
     case.covering(&[0, 4]).moves().await;
 }
 
 /// A value of this many megabytes passes through the daemon without making it hold many of them at a time.
 #[tokio::test]
 async fn large_values_do_not_pile_up_in_memory() {
-    let megabytes: u64 = std::env::var("PGTANDEM_TEST_VALUE_MB").map_or(10, |text| text.parse().expect("a number"));
+    let megabytes = number("PGTANDEM_TEST_VALUE_MB").unwrap_or(10);
     let schema = "
         create table large (id int primary key, v text, b bytea, n int);
         alter table large alter v set storage external, alter b set storage external;

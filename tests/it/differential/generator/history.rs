@@ -281,7 +281,7 @@ fn row(key: &str, table: Placed<'_>, value: u8, wide: bool) -> (String, String) 
 
 /// NULL now and then, else a small number.
 fn nullable(value: u8) -> String {
-    if value % 3 == 0 { "null".to_owned() } else { (value % 8).to_string() }
+    if value.is_multiple_of(3) { "null".to_owned() } else { (value % 8).to_string() }
 }
 
 /// Wide ones are stored out of line.

@@ -362,20 +362,18 @@ impl<'a> Case<'a> {
 
     async fn cut_over(&mut self) -> Result<(), String> {
         let began = Instant::now();
-        while !self.daemon.as_ref().is_some_and(|daemon| daemon.stderr().contains("entering phase follow")) {
-            self.lives()?;
-            if began.elapsed() > PATIENCE {
-                return Err("waited in vain for the daemon to follow".to_owned());
+        // A daemon that was just started does not take requests yet.
+        loop {
+            let mut asking = self.pgtandem.spawn(&["cutover", "--timeout", "60s"]);
+            while asking.is_running() && began.elapsed() < PATIENCE {
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let mut asking = self.pgtandem.spawn(&["cutover", "--timeout", "60s"]);
-        while asking.is_running() && began.elapsed() < PATIENCE {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let told = if asking.is_running() { asking.kill() } else { asking.wait(PATIENCE).await };
-        if told.code != Some(0) {
-            return Err(format!("no cutover: {told}"));
+            let told = if asking.is_running() { asking.kill() } else { asking.wait(PATIENCE).await };
+            match told.code {
+                Some(0) => break,
+                _ if told.stderr.contains("[no_daemon]") && began.elapsed() < PATIENCE => self.lives()?,
+                _ => return Err(format!("no cutover: {told}")),
+            }
         }
         let Some(mut daemon) = self.daemon.take() else { return Err("no daemon".to_owned()) };
         while daemon.is_running() && began.elapsed() < PATIENCE {

@@ -363,8 +363,7 @@ impl<'a> Placed<'a> {
                        union select 'NAME'::regclass";
             let all = all.replace("NAME", &name.replace('\'', "''"));
             sql += &format!(
-                "do $do$ declare r regclass; begin for r in {} loop execute format('alter table %s replica identity full', r); end loop; end $do$;\n",
-                all
+                "do $do$ declare r regclass; begin for r in {all} loop execute format('alter table %s replica identity full', r); end loop; end $do$;\n"
             );
         } else if table.key == Key::Index {
             sql += &format!(
