@@ -23,6 +23,9 @@
 //! *Two daemons:* each transaction that changes a table's state also reads the move's epoch and fails if it is
 //! another's; the row stays locked until the commit, so that a successor begins after it.
 //!
+//! *A table whose rows pass a CHECK of the user's own function*, on the table or on a type, may only be filled once what that
+//! function reads is there: such tables begin when all others are committed.
+//!
 //! All workers import the snapshot before the first row is copied. From then on the walsender that exported it is not
 //! needed, and a connection that is lost later ends this run, for its snapshot cannot be had again: the caller takes
 //! another cut and runs the copy again, which leaves finished tables alone.
@@ -129,21 +132,40 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
     tracing::info!(tables = plan.tables.len(), units = plan.units.len(), workers = count, "copying");
     let job = Arc::new(Job::new(context.clone(), cut.clone(), plan));
     worker::open_divided_tables(&job).await?;
-    let mut running = JoinSet::new();
-    for worker in workers {
-        running.spawn(worker.work(Arc::clone(&job)));
-    }
-    // Dropping the set, at the first error or when this is dropped, ends the others.
+    // Those that are late begin once all others are committed.
     let all = async {
-        while let Some(done) = running.join_next().await {
-            done.map_err(|e| Error::bug(format!("a copy worker ended: {e}")))??;
-        }
+        let workers = work(workers, &job, false).await?;
+        let workers = work(workers, &job, true).await?;
+        futures_util::future::join_all(workers.into_iter().map(Worker::close)).await;
         Ok(())
     };
     tokio::select! {
         done = all => done,
         never = report(&job) => match never {},
     }
+}
+
+/// Has the workers do what is there to do, until nothing of it is left.
+async fn work(workers: Vec<Worker>, job: &Arc<Job>, late: bool) -> Result<Vec<Worker>> {
+    // Dropping the set, at the first error or when this is dropped, ends the others.
+    let mut running: JoinSet<Result<Worker>> = JoinSet::new();
+    for worker in workers {
+        running.spawn(worker.work(Arc::clone(job), late));
+    }
+    let mut workers = Vec::new();
+    while let Some(done) = running.join_next().await {
+        workers.push(done.map_err(|e| Error::bug(format!("a copy worker ended: {e}")))??);
+    }
+    Ok(workers)
+}
+
+/// Tables that are copied after all others; see [`statements::CHECKED_BY_FUNCTIONS`].
+pub(crate) async fn late(session: &Session) -> Result<HashSet<u32>> {
+    let rows = session
+        .query(statements::CHECKED_BY_FUNCTIONS, &[])
+        .await
+        .doing(|| "looking for checks that call functions")?;
+    rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }
 
 /// Reads the catalog as the cut shows it, makes the plan and writes it down.
@@ -153,6 +175,7 @@ async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
     let copied = copied.map(|table| table.name).collect();
     let tables = shown(&session, &context.scope, context.store.name(), cut, &copied).await?;
     let splitting = splitting(&session, &context.settings).await?;
+    let late = late(&session).await?;
     session.batch_execute("COMMIT").await?;
     let tables = without_those_to_come(context, tables).await?;
     let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
@@ -165,7 +188,7 @@ async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
         let (rows, bytes) = if record.state == TableState::Copied { (record.rows, record.bytes) } else { (0, 0) };
         context.telemetry.copy_table(&record.name, record.state, rows, bytes, record.bytes_total);
     }
-    Ok(plan::plan(tables, &records, splitting))
+    Ok(plan::plan(tables, &records, &late, splitting))
 }
 
 /// Under a later cut: a table that the move does not know and the target does not have was made since the first one. Where schema
@@ -190,6 +213,23 @@ pub async fn tables_of_cut(source: &Server, scope: &Scope, name: &MoveName, cut:
     let tables = shown(&session, scope, name, cut, &HashSet::new()).await?;
     session.batch_execute("COMMIT").await?;
     Ok(tables)
+}
+
+/// Makes sure that the cut still shows every row of its tables: a TRUNCATE or an ALTER TABLE that rewrites leaves nothing
+/// of a table for those who look at it through an older snapshot. Asked after the rows were read.
+///
+/// # Errors
+/// Class retry: a table was rewritten since the cut, so what was read of it may be nothing at all.
+pub async fn nothing_rewritten(source: &Server, snapshot: &str, tables: &[Table]) -> Result<()> {
+    let session = source.connect("copy").await?;
+    session.batch_execute(&statements::import_snapshot(snapshot)).await.doing(|| "importing the snapshot")?;
+    let oids: Vec<u32> = tables.iter().map(|table| table.oid).collect();
+    let rewritten = session.query(statements::REWRITTEN, &[&oids]).await.doing(|| "looking for rewritten tables")?;
+    session.batch_execute("COMMIT").await?;
+    let Some(row) = rewritten.first() else { return Ok(()) };
+    let oid: u32 = row.try_get(0)?;
+    let name = tables.iter().find(|table| table.oid == oid).map(|table| table.name.plain()).unwrap_or_default();
+    Err(worker::rewritten().doing(format!("reading the table {name}")))
 }
 
 /// As [`tables_of_cut`], but for those that are copied already; the session stays in the transaction that sees the cut.
@@ -270,8 +310,8 @@ impl Job {
         Self { context, cut, tables, queue: Mutex::new(plan.units.into()) }
     }
 
-    fn next(&self) -> Option<Unit> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    fn next(&self, late: bool) -> Option<Unit> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front_if(|unit| unit.late == late)
     }
 }
 

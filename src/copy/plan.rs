@@ -1,6 +1,6 @@
 //! Which table is copied by whom: units of work, largest first. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::postgres::QualifiedName;
 use crate::postgres::catalog::Table;
@@ -24,6 +24,8 @@ pub struct Unit {
     pub blocks: Option<Blocks>,
     /// About how much it is; decides the order only.
     pub bytes: u64,
+    /// Begins only once every table that is not late is copied.
+    pub late: bool,
 }
 
 /// A table that is not copied yet.
@@ -62,10 +64,12 @@ const MOST_PARTS: u64 = 4096;
 
 /// Plans the copy of all `tables` that the state does not know as copied.
 ///
+/// `late` are oids of tables whose rows are checked against those of others: they come last.
+///
 /// `splitting` is `None` where the source cannot read a range of blocks without reading the whole table: before
 /// PostgreSQL 14.
 #[must_use]
-pub fn plan(tables: Vec<Table>, records: &[TableRecord], splitting: Option<Splitting>) -> Plan {
+pub fn plan(tables: Vec<Table>, records: &[TableRecord], late: &HashSet<u32>, splitting: Option<Splitting>) -> Plan {
     let states: HashMap<&QualifiedName, TableState> = records.iter().map(|r| (&r.name, r.state)).collect();
     let mut plan = Plan::default();
     for table in tables {
@@ -77,15 +81,16 @@ pub fn plan(tables: Vec<Table>, records: &[TableRecord], splitting: Option<Split
         let ranges = splitting.map(|s| ranges(&table, s)).unwrap_or_default();
         let parts = ranges.len().max(1);
         let bytes = table.bytes / parts as u64;
+        let late = late.contains(&table.oid);
         if ranges.is_empty() {
-            plan.units.push(Unit { table: at, blocks: None, bytes });
+            plan.units.push(Unit { table: at, blocks: None, bytes, late });
         } else {
-            plan.units.extend(ranges.into_iter().map(|blocks| Unit { table: at, blocks: Some(blocks), bytes }));
+            plan.units.extend(ranges.into_iter().map(|blocks| Unit { table: at, blocks: Some(blocks), bytes, late }));
         }
         plan.tables.push(Planned { table, parts, begun: state == TableState::Copying });
     }
     // Stable: the parts of a table stay in the order of its blocks.
-    plan.units.sort_by_key(|unit| std::cmp::Reverse(unit.bytes));
+    plan.units.sort_by_key(|unit| (unit.late, std::cmp::Reverse(unit.bytes)));
     plan
 }
 
@@ -143,7 +148,7 @@ mod tests {
     fn finished_tables_stay_and_begun_ones_begin_again() {
         let tables = ["done", "begun", "new"].map(|name| table(name, 0, 0)).to_vec();
         let records = [record("done", TableState::Copied), record("begun", TableState::Copying)];
-        let plan = plan(tables, &records, Some(SPLITTING));
+        let plan = plan(tables, &records, &HashSet::new(), Some(SPLITTING));
         let planned: Vec<_> = plan.tables.iter().map(|p| (p.table.name.name.as_str(), p.begun)).collect();
         assert_eq!(planned, [("begun", true), ("new", false)]);
         assert_eq!(plan.units.len(), 2);
@@ -153,16 +158,26 @@ mod tests {
     fn the_largest_unit_comes_first() {
         let tables =
             vec![table("small", 1 << 20, 1 << 20), table("huge", 3 << 30, 3 << 30), table("large", 1 << 30, 1 << 30)];
-        let plan = plan(tables, &[], Some(SPLITTING));
+        let plan = plan(tables, &[], &HashSet::new(), Some(SPLITTING));
         let order: Vec<_> = plan.units.iter().map(|u| plan.tables[u.table].table.name.name.as_str()).collect();
         assert_eq!(order, ["large", "huge", "huge", "huge", "huge", "small"]);
     }
 
     #[test]
+    fn what_is_checked_against_others_comes_last() {
+        let mut tables = vec![table("checked", 3 << 30, 3 << 30), table("small", 1, 1)];
+        tables[0].oid = 7;
+        let plan = plan(tables, &[], &HashSet::from([7]), Some(SPLITTING));
+        let late: Vec<_> = plan.units.iter().map(|u| (plan.tables[u.table].table.name.name.as_str(), u.late)).collect();
+        assert_eq!(late[0], ("small", false));
+        assert!(late.len() > 2 && late[1..].iter().all(|unit| *unit == ("checked", true)), "{late:?}");
+    }
+
+    #[test]
     fn an_old_source_or_a_single_worker_divides_nothing() {
         let tables = || vec![table("huge", 9 << 30, 9 << 30)];
-        assert_eq!(plan(tables(), &[], None).units.len(), 1);
-        assert_eq!(plan(tables(), &[], Some(Splitting { workers: 1, ..SPLITTING })).units.len(), 1);
+        assert_eq!(plan(tables(), &[], &HashSet::new(), None).units.len(), 1);
+        assert_eq!(plan(tables(), &[], &HashSet::new(), Some(Splitting { workers: 1, ..SPLITTING })).units.len(), 1);
     }
 
     proptest! {

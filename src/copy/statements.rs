@@ -42,6 +42,35 @@ pub(super) fn lock(table: &Table) -> String {
     )
 }
 
+/// Tables whose rows pass a CHECK of the user's own function, on the table or on a domain that a column holds, however deep.
+/// Such a function may read other tables, so theirs are copied last.
+pub(crate) const CHECKED_BY_FUNCTIONS: &str = "
+    WITH RECURSIVE calling AS (
+        SELECT con.conrelid, con.contypid
+        FROM pg_catalog.pg_constraint con
+        JOIN pg_catalog.pg_depend d
+          ON d.classid = 'pg_catalog.pg_constraint'::pg_catalog.regclass AND d.objid = con.oid
+         AND d.refclassid IN ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_operator'::pg_catalog.regclass)
+        WHERE con.contype = 'c' AND d.refobjid >= 16384),
+    types (oid) AS (
+        SELECT contypid FROM calling WHERE contypid <> 0
+        UNION
+        SELECT t.oid FROM types
+        JOIN pg_catalog.pg_type t
+          ON t.typbasetype = types.oid OR t.typelem = types.oid AND t.typlen = -1
+          OR t.typrelid <> 0 AND t.typtype = 'c' AND EXISTS (
+                 SELECT FROM pg_catalog.pg_attribute a
+                 WHERE a.attrelid = t.typrelid AND a.atttypid = types.oid AND a.attnum > 0 AND NOT a.attisdropped))
+    SELECT conrelid FROM calling WHERE conrelid <> 0
+    UNION
+    SELECT a.attrelid FROM types
+    JOIN pg_catalog.pg_attribute a ON a.atttypid = types.oid AND a.attnum > 0 AND NOT a.attisdropped";
+
+/// `$1`: oids of tables. Those that were rewritten since the cut, by the same reasoning; what was dropped is not among them.
+pub(super) const REWRITTEN: &str = "
+    SELECT c.oid FROM pg_catalog.pg_class c
+    WHERE c.oid = ANY ($1) AND c.relfilenode <> pg_catalog.pg_relation_filenode(c.oid)";
+
 /// Reads a table, or the rows that stood in a range of its blocks.
 pub(super) fn read(table: &Table, blocks: Option<Blocks>) -> String {
     let Some(blocks) = blocks else {

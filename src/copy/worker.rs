@@ -55,15 +55,18 @@ impl Worker {
         Ok(Self { source, target })
     }
 
-    /// Works until nothing is left.
-    pub(super) async fn work(mut self, job: Arc<Job>) -> Result<()> {
-        while let Some(unit) = job.next() {
+    /// Works until nothing is left of what is late or is not.
+    pub(super) async fn work(mut self, job: Arc<Job>, late: bool) -> Result<Self> {
+        while let Some(unit) = job.next(late) {
             let Some(table) = job.tables.get(unit.table) else { return Err(Error::bug("a unit without a table")) };
             self.copy(&job, table, unit).await.doing(|| format!("copying the table {}", table.table().name.plain()))?;
         }
-        // The snapshot was read only: there is nothing to commit.
+        Ok(self)
+    }
+
+    /// Ends both sessions. The snapshot was read only: there is nothing to commit.
+    pub(super) async fn close(self) {
         tokio::join!(self.source.close(), self.target.close());
-        Ok(())
     }
 
     async fn copy(&mut self, job: &Job, table: &InFlight, unit: Unit) -> Result<()> {
@@ -213,11 +216,16 @@ async fn lock(
     if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") {
         return Ok(());
     }
-    Err(Error::new(
+    Err(rewritten())
+}
+
+/// The snapshot does not show all of the table any more.
+pub(super) fn rewritten() -> Error {
+    Error::new(
         Class::Retry,
         "table_rewritten",
         "the table was truncated, rewritten or made anew after the cut was taken; it is copied under another one",
-    ))
+    )
 }
 
 /// Passes a table's progress on in steps that are worth a report.

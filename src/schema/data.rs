@@ -67,6 +67,9 @@ struct Archived {
     oid: u32,
     schema: String,
     table: String,
+    /// Its rows are checked against those of others, so it is loaded after them.
+    #[serde(default)]
+    late: bool,
 }
 
 impl Archived {
@@ -151,13 +154,13 @@ impl DataArchive {
         tables: &[Table],
         workers: NonZeroUsize,
     ) -> Result<()> {
-        if request.snapshot.is_none() {
+        let Some(snapshot) = request.snapshot else {
             return Err(Error::bug("rows dumped without the snapshot of their cut"));
-        }
+        };
         let rows = self.rows();
-        let left_out = {
+        let (left_out, late) = {
             let session = request.source.connect("schema").await?;
-            LeftOut::find(&*session, request.scope).await?
+            (LeftOut::find(&*session, request.scope).await?, copy::late(&session).await?)
         };
         self.invalidate()?;
         remove_folder(&rows)?;
@@ -171,11 +174,18 @@ impl DataArchive {
                 .arg(&rows)
         })
         .await?;
+        // While pg_dump ran it held a lock on each table; before, one may have been rewritten under the snapshot's feet.
+        copy::nothing_rewritten(request.source, snapshot, tables).await?;
         sync_folder(&rows)?;
         self.owner.cut = Some(cut.to_string());
         self.owner.tables = tables
             .iter()
-            .map(|t| Archived { oid: t.oid, schema: t.name.schema.clone(), table: t.name.name.clone() })
+            .map(|t| Archived {
+                oid: t.oid,
+                schema: t.name.schema.clone(),
+                table: t.name.name.clone(),
+                late: late.contains(&t.oid),
+            })
             .collect();
         write_owner(&self.folder, &self.owner)
     }
@@ -205,14 +215,16 @@ impl DataArchive {
             let untouched: Vec<&QualifiedName> = chunk.iter().filter(untouched).collect();
             make_ours(&mut session, loading, chunk, &untouched).await?;
         }
-        self.load(loading).await?;
+        self.load(loading, false).await?;
+        self.load(loading, true).await?;
         record_copied(&mut session, loading, &tables, cut).await
     }
 
-    async fn load(&self, Loading { target, programs, workers, .. }: Loading<'_>) -> Result<()> {
+    async fn load(&self, Loading { target, programs, workers, .. }: Loading<'_>, late: bool) -> Result<()> {
         let rows = self.rows();
         let list = Child::new(programs.pg_restore()).arg("--list").arg(&rows).run().await?;
-        let ours: HashSet<u32> = self.owner.tables.iter().map(|table| table.oid).collect();
+        let ours: HashSet<u32> =
+            self.owner.tables.iter().filter(|table| table.late == late).map(|table| table.oid).collect();
         // Values of sequences are set at the cutover; the rows of an extension's own tables are the extension's business.
         let tables: Vec<_> = toc::parse(&list, &toc::Context::default())
             .into_iter()

@@ -26,13 +26,16 @@ impl LeftOut {
     ///
     /// A partition is in scope with the partitioned tables above it, and takes them along where they are not.
     pub(super) async fn find(client: &impl GenericClient, scope: &Scope) -> Result<Self> {
+        let mut left_out = Self::default();
+        for row in client.query(OUR_EVENT_TRIGGERS, &[]).await.doing(|| "looking for event triggers of moves")? {
+            left_out.objects.insert((row.try_get(0)?, row.try_get(1)?));
+        }
         let members = catalog::members(client, scope).await?;
         let outside: Vec<u32> = members.values().filter(|table| !table.travels).map(|table| table.oid).collect();
         if outside.is_empty() {
-            return Ok(Self::default());
+            return Ok(left_out);
         }
         let rows = client.query(CLOSURE, &[&outside]).await.doing(|| "finding what depends on tables out of scope")?;
-        let mut left_out = Self::default();
         for row in &rows {
             left_out.objects.insert((row.try_get(0)?, row.try_get(1)?));
             if let (Some(schema), Some(name)) =
@@ -69,6 +72,15 @@ impl LeftOut {
 fn exclude_table(schema: &str, names: &[String]) -> String {
     format!("--exclude-table={}.({})", quote_identifier(schema), names.join("|"))
 }
+
+/// Event triggers that moves made on the source: a dump that is made after a restart sees them, and their function stays behind
+/// with its schema.
+const OUR_EVENT_TRIGGERS: &str = "
+    SELECT 'pg_catalog.pg_event_trigger'::pg_catalog.regclass::oid, e.oid
+    FROM pg_catalog.pg_event_trigger e
+    JOIN pg_catalog.pg_proc p ON p.oid = e.evtfoid
+    JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname = 'pgtandem'";
 
 /// `$1`: oids of tables. Returns catalog and oid of these and of everything that depends on them, with the name of each
 /// that is a relation of its own. A table in scope is never taken along: pg_restore then says what it misses.

@@ -3,7 +3,7 @@
 
 use tempfile::TempDir;
 
-use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, Running, assert_same, wait_until};
+use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, Running, assert_same, client_program, wait_until};
 
 const CONTENT: &str = "create table account (id int primary key, owner text);
     insert into account select i, 'first' from generate_series(1, 100) i";
@@ -165,4 +165,45 @@ async fn an_archive_holds_the_rows_that_the_copy_would_take() {
     assert_eq!(copied.code, Some(0), "{copied}");
     let rows = "select (select count(*) from account) || ' ' || (select count(*) from scratch)";
     assert_eq!(sides.to.query_string(rows).await, "100 0");
+}
+
+/// TRUNCATE leaves nothing of a table for those who look at it through an older snapshot, as pg_dump does.
+#[tokio::test]
+async fn an_archive_of_a_table_that_was_emptied_before_it_was_read_is_made_again() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let mut sides = Sides::with(CONTENT, "dump").await;
+    sides.from.execute("create table beside (id int); insert into beside values (1)").await;
+    // Given a pg_dump that waits between the cut and its first look at a row.
+    let programs = tempfile::tempdir().unwrap();
+    let at = |name: &str| programs.path().join(name);
+    let real = client_program(18, "pg_dump");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *--data-only*) touch '{}'; while [ ! -e '{}' ]; do sleep 0.01; done;; esac\nexec '{}' \"$@\"\n",
+        at("reached").display(),
+        at("go").display(),
+        real.display()
+    );
+    std::fs::write(at("pg_dump"), script).unwrap();
+    std::fs::set_permissions(at("pg_dump"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::symlink(client_program(18, "pg_restore"), at("pg_restore")).unwrap();
+    let path = format!("{}:{}", programs.path().display(), std::env::var_os("PATH").unwrap().display());
+    sides.pgtandem = sides.pgtandem.env("PATH", path);
+
+    let mut daemon = sides.pgtandem.spawn(&["run"]);
+    wait_until("pg_dump begins", PATIENCE, async || at("reached").exists()).await;
+    sides
+        .from
+        .execute(
+            "begin; update account set owner = 'last' where id = 1; truncate account;
+             insert into account values (1000, 'new'); commit; delete from account where id = 2",
+        )
+        .await;
+    std::fs::write(at("go"), "").unwrap();
+
+    daemon.wait_for_log("table_rewritten", PATIENCE).await;
+    daemon.wait_for_log("entering phase follow", PATIENCE).await;
+    let done = sides.pgtandem.run(&["cutover", "--timeout", "60s"]).await;
+    assert_eq!(done.code, Some(0), "{done}\n{}", daemon.stderr());
+    assert_same(&sides.from, &sides.to).await;
 }

@@ -171,16 +171,44 @@ fn every_link_of_a_page_leads_somewhere() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// The tests that a page names, as `module::of::the_test`.
+fn tests_named(page: &str) -> Vec<&str> {
+    page.split('`').filter(|code| code.contains("::") && code.split("::").all(is_word)).collect()
+}
+
+/// Panics unless the test is there.
+fn must_be_a_test(page: &str, path: &str) {
+    let (module, test) = path.rsplit_once("::").unwrap();
+    let text = read(&project().join(format!("tests/it/{}.rs", module.replace("::", "/"))));
+    assert!(text.contains(&format!("fn {test}()")), "{page} names {path}, which is not there");
+}
+
 #[test]
 fn every_test_that_the_readme_names_is_there() {
     let readme = read(&project().join("README.md"));
-    let paths = readme.split('`').filter(|code| code.contains("::") && code.split("::").all(is_word));
-    let named: Vec<_> = paths.filter_map(|path| path.rsplit_once("::")).collect();
+    let named = tests_named(&readme);
     assert!(named.len() > 5, "only {named:?}");
-    for (module, test) in named {
-        let text = read(&project().join(format!("tests/it/{}.rs", module.replace("::", "/"))));
-        assert!(text.contains(&format!("fn {test}()")), "README.md names {module}::{test}, which is not there");
+    named.iter().for_each(|path| must_be_a_test("README.md", path));
+}
+
+/// Every line of the table of behaviours points to tests that are there, to findings and errors that are there, or admits
+/// with a dash that nothing shows it.
+#[test]
+fn every_behaviour_points_to_its_tests() {
+    let page = read(&project().join("docs/behaviours.md"));
+    let codes = [read(&project().join("docs/preflight.md")), read(&project().join("docs/errors.md"))].concat();
+    let lines: Vec<&str> =
+        page.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| what |")).collect();
+    assert!(lines.len() > 50, "only {} lines", lines.len());
+    for line in lines {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [_, how, tests] = cells[..] else { panic!("not three cells: {line}") };
+        assert!(!tests_named(tests).is_empty() || tests == "–", "no test and no dash: {line}");
+        for code in how.split('`').skip(1).step_by(2).filter(|word| is_word(word) && word.contains('_')) {
+            assert!(codes.contains(&format!("| `{code}` |")), "neither a finding nor an error: {code}");
+        }
     }
+    tests_named(&page).iter().for_each(|path| must_be_a_test("docs/behaviours.md", path));
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::process::{Command, Stdio};
 
 use crate::harness::{
-    Cluster, Database, PATIENCE, Pgtandem, Stop, VERSIONS, assert_same, client_program, differences,
-    versions_under_test, wait_until,
+    Cluster, Database, PATIENCE, Pgtandem, Stop, VERSIONS, assert_same, assert_same_catalog, catalog_differences,
+    client_program, differences, versions_under_test, wait_until,
 };
 
 /// Where the test that gets killed writes down the data directory of its cluster.
@@ -228,6 +228,71 @@ async fn differences_are_seen_row_by_row() {
         "sequence public.s: (last_value|is_called) 1|t on the source, 2|t on the target",
     ] {
         assert!(report.contains(part), "{part} not in {report}");
+    }
+}
+
+#[tokio::test]
+async fn differences_of_the_catalog_are_seen_one_by_one() {
+    let cluster = Cluster::start(18).await;
+    let (ours, theirs) = (cluster.create_database("ours").await, cluster.create_database("theirs").await);
+    cluster.execute("create role somebody").await;
+    let same = "create table t (id int primary key, v text default 'x', w int, constraint positive check (w > 0));
+         create table r (id int references t); create index t_w on t (w); create index t_x on t ((w + 1)); create statistics st on v, w from t;
+         create sequence s; create type mood as enum ('a', 'b'); create domain d as int check (value > 0);
+         create view vw as select id from t; create policy p on t using (true);
+         create function f() returns trigger language plpgsql as 'begin return new; end';
+         create trigger tr before insert on t for each row execute function f();
+         create rule ru as on update to t do also select 1";
+    both(&ours, &theirs, same).await;
+    assert_same_catalog(&ours, &theirs).await;
+
+    for (change, back, seen) in [
+        ("alter table t alter v set default 'y'", "alter table t alter v set default 'x'", "column public.t.v"),
+        ("alter table t alter w set not null", "alter table t alter w drop not null", "column public.t.w"),
+        ("alter table t alter v set storage external", "alter table t alter v set storage extended", "storage e"),
+        ("alter table t alter w set statistics 7", "alter table t alter w set statistics -1", "statistics 7"),
+        ("alter table t replica identity full", "alter table t replica identity default", "identity f"),
+        ("alter table t owner to somebody", "alter table t owner to postgres", "owner somebody"),
+        ("alter table t enable row level security", "alter table t disable row level security", "row security t"),
+        ("alter table t set (fillfactor = 50)", "alter table t reset (fillfactor)", "fillfactor=50"),
+        ("grant select on t to somebody", "revoke select on t from somebody", "somebody=SELECT"),
+        ("grant select (v) on t to somebody", "revoke select (v) on t from somebody", "somebody=SELECT"),
+        (
+            "comment on column t.v is 'note'",
+            "comment on column t.v is null",
+            "comment on table column public.t.v: note",
+        ),
+        ("alter table t disable trigger tr", "alter table t enable trigger tr", "trigger tr on public.t state D"),
+        ("alter table r disable trigger all", "alter table r enable trigger all", "trigger of r_id_fkey"),
+        ("alter table t disable rule ru", "alter table t enable rule ru", "rule ru on public.t state D"),
+        ("alter index t_x alter column 1 set statistics 5", "", "statistics 1:5"),
+        ("alter statistics st set statistics 9", "", "statistics CREATE STATISTICS"),
+        ("alter policy p on t using (false)", "", "policy p on public.t"),
+        ("alter sequence s cycle", "", "cycle t"),
+        ("alter sequence s owned by t.id", "", "owned by public.t.id a"),
+        ("alter type mood add value 'c'", "", "labels {a,b,c}"),
+        ("alter domain d set default 7", "", "default 7"),
+        ("alter table t drop constraint positive, add constraint positive check (w > 0) not valid", "", "validated f"),
+        ("alter table r drop constraint r_id_fkey", "", "constraint r_id_fkey"),
+        ("create or replace view vw as select id + 0 as id from t", "", "view public.vw"),
+        (
+            "create or replace function f() returns trigger language plpgsql as 'begin return null; end'",
+            "",
+            "return null",
+        ),
+        ("alter default privileges grant select on tables to somebody", "", "default privileges"),
+        ("create cast (mood as int) with inout", "", "cast (public.mood AS integer)"),
+    ] {
+        theirs.execute(change).await;
+        let found = catalog_differences(&ours, &theirs).await.join("\n");
+        assert!(found.contains(seen), "after {change}, {seen:?} is not in {found:?}");
+        // Then it is taken back, or made on the other side too.
+        if back.is_empty() {
+            ours.execute(change).await;
+        } else {
+            theirs.execute(back).await;
+        }
+        assert_same_catalog(&ours, &theirs).await;
     }
 }
 

@@ -12,6 +12,7 @@ mod connecting;
 mod copy;
 mod copy_methods;
 mod demo;
+mod differential;
 mod docs;
 mod followed;
 mod harness_itself;

@@ -14,6 +14,7 @@
 //! ```
 #![allow(dead_code, unused_imports, reason = "a toolbox: not every tool is in use at every moment")]
 
+mod catalog;
 mod cluster;
 mod compare;
 mod database;
@@ -25,6 +26,7 @@ mod provision;
 mod tls;
 
 pub use self::pgtandem::{Finished, Pgtandem, Running, config};
+pub use catalog::{assert_same_catalog, catalog_differences};
 pub use cluster::{Cluster, ClusterBuilder, PASSWORD, Stop};
 pub use compare::{assert_same, differences};
 pub use database::Database;
