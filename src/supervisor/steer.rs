@@ -258,6 +258,7 @@ impl<'a> Steering<'a> {
 /// `{"tables": [["schema", "name"], …]}`
 fn named_tables(arguments: &serde_json::Value) -> Vec<QualifiedName> {
     let pairs = arguments.get("tables").and_then(serde_json::Value::as_array).map_or(&[][..], Vec::as_slice);
-    let text = |pair: &serde_json::Value, at: usize| pair.get(at).and_then(serde_json::Value::as_str).map(str::to_owned);
+    let text =
+        |pair: &serde_json::Value, at: usize| pair.get(at).and_then(serde_json::Value::as_str).map(str::to_owned);
     pairs.iter().filter_map(|pair| Some(QualifiedName { schema: text(pair, 0)?, name: text(pair, 1)? })).collect()
 }
