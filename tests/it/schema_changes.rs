@@ -164,9 +164,7 @@ async fn same_catalog(sides: &Sides) {
     assert!(from == to, "only on the source: {:#?}\nonly on the target: {:#?}", only(&from, &to), only(&to, &from));
 }
 
-#[tokio::test]
-async fn captured_changes_of_the_schema_arrive_in_order() {
-    let sides = Sides::with(CONTENT).await;
+async fn captured_changes_arrive(sides: Sides) {
     let daemon = sides.follow().await;
     for text in CHANGES.lines().filter(|line| !line.is_empty()) {
         sides.from.execute(text).await;
@@ -176,6 +174,60 @@ async fn captured_changes_of_the_schema_arrive_in_order() {
     sides.arrives_whole(daemon).await;
     same_catalog(&sides).await;
     assert_eq!(sides.to.query_string("select count(*) from pgtandem.ddl where state = 'refused'").await, "0");
+    let left = "select (select count(*) from pg_event_trigger) + (select count(*) from pg_class where relname = 'ddl_app')";
+    assert_eq!(sides.from.query_string(left).await, "0", "the capture goes with the switch");
+}
+
+#[tokio::test]
+async fn captured_changes_of_the_schema_arrive_in_order() {
+    captured_changes_arrive(Sides::with(CONTENT).await).await;
+}
+
+#[tokio::test]
+async fn captured_changes_of_the_schema_arrive_from_13_to_18() {
+    let clusters = tokio::join!(Cluster::start(13), Cluster::start(18));
+    captured_changes_arrive(Sides::of(clusters, CONTENT).await).await;
+}
+
+/// The capture runs with its owner's rights in everybody's session: nothing of that session's own is called with them.
+#[tokio::test]
+async fn a_role_of_the_source_gains_nothing_from_the_capture() {
+    let sides = Sides::with(CONTENT).await;
+    for side in [&sides.from, &sides.to] {
+        side.execute(&format!("create role dev login password '{PASSWORD}'; grant create on schema public to dev")).await;
+    }
+    sides.from.execute("create schema traps authorization dev").await;
+    let daemon = sides.follow().await;
+    let dev = sides.from.with_user("dev", PASSWORD);
+    // Functions and operators of the names that the capture uses, in front of the real ones.
+    dev.execute(
+        "create function traps.spring() returns boolean language plpgsql as $$ begin
+             execute 'alter role dev superuser'; return true; exception when others then return true; end $$;
+         create function traps.set_config(text, text, boolean) returns text language sql as 'select traps.spring()::text';
+         create function traps.current_setting(text) returns text language sql as 'select traps.spring()::text';
+         create function traps.current_query() returns text language sql as 'select traps.spring()::text';
+         create function traps.starts_with(text, text) returns boolean language sql as 'select traps.spring()';
+         create function traps.same(text, text) returns boolean language sql as 'select traps.spring()';
+         create operator traps.= (leftarg = text, rightarg = text, function = traps.same);
+         create operator traps.~~ (leftarg = text, rightarg = text, function = traps.same)",
+    )
+    .await;
+    dev.execute("set search_path = traps, pg_catalog, public; create table public.by_dev (id int primary key); insert into by_dev values (1)")
+        .await;
+    // And into the way of the descriptions nobody else writes.
+    let refused = dev.connect().await.batch_execute("insert into pgtandem.ddl_app values ('{}')").await;
+    assert!(refused.is_err(), "everybody may have the target run statements");
+    let refused = dev.connect().await.batch_execute("select pgtandem.publish_app()").await;
+    assert!(refused.is_err(), "everybody may change the publications");
+    let superuser = "select rolsuper from pg_roles where rolname = 'dev'";
+    assert_eq!(sides.from.query_string(superuser).await, "f");
+    wait_until("the table arrives", PATIENCE, async || {
+        sides.to.query_string("select to_regclass('public.by_dev') is not null").await == "t"
+    })
+    .await;
+    assert_eq!(sides.to.query_string("select relowner::regrole from pg_class where relname = 'by_dev'").await, "dev");
+    assert_eq!(sides.to.query_string(superuser).await, "f");
+    sides.arrives_whole(daemon).await;
 }
 
 /// A statement that the target cannot run is waited for, with its text and the ways on; nothing around it is lost.
