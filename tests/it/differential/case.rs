@@ -34,7 +34,7 @@ pub enum Method {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     Stream,
-    #[allow(dead_code, reason = "switched on in `ENGINES`")]
+    /// Of the target's own worker, which needs a superuser.
     Subscription,
 }
 
@@ -45,9 +45,6 @@ pub enum Role {
     /// LOGIN REPLICATION, and the owner of the database and of what is in it.
     Owner,
 }
-
-/// The engines that there are: one word more, and every case runs with that one too.
-const ENGINES: [Engine; 1] = [Engine::Stream];
 
 /// The circumstances of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,14 +67,14 @@ const COVERING: [((u16, u16), Method, Role); 8] = [
     ((13, 13), Method::Dump, Role::Owner),
 ];
 
-/// Every pair of versions, method, engine and role.
-fn product() -> Vec<Combination> {
+/// Every pair of versions, method and role, and these engines.
+fn product(engines: &[Engine]) -> Vec<Combination> {
     let versions = crate::harness::VERSIONS;
     let pairs =
         versions.iter().flat_map(|&from| versions.iter().filter(move |&&to| to >= from).map(move |&to| (from, to)));
     let mut all = Vec::new();
     for versions in pairs {
-        for engine in ENGINES {
+        for &engine in engines {
             for method in [Method::Copy, Method::Dump] {
                 for role in [Role::Superuser, Role::Owner] {
                     all.push(Combination { versions, method, engine, role });
@@ -106,6 +103,7 @@ pub struct Case {
     only_superuser: bool,
     patience: Duration,
     deaths: bool,
+    also_by_subscription: bool,
 }
 
 impl Case {
@@ -128,6 +126,7 @@ impl Case {
             only_superuser: false,
             patience: PATIENCE,
             deaths: false,
+            also_by_subscription: false,
         }
     }
 
@@ -198,6 +197,12 @@ impl Case {
         self
     }
 
+    /// The target's own worker can apply all of it, too.
+    pub fn also_by_subscription(mut self) -> Self {
+        self.also_by_subscription = true;
+        self
+    }
+
     /// Moves it under each combination of this run.
     pub async fn moves(self) {
         self.moves_and(async |_| {}).await;
@@ -221,8 +226,13 @@ impl Case {
 
     /// `PGTANDEM_TEST_ALL=1` takes all, `TEST_POSTGRES` those versions, or else the few that the case names.
     fn combinations(&self) -> Vec<Combination> {
-        let fits = |c: &Combination| c.versions.0 >= self.oldest && (!self.only_superuser || c.role == Role::Superuser);
-        let all = product();
+        let fits = |c: &Combination| {
+            let superuser = self.only_superuser || c.engine == Engine::Subscription;
+            c.versions.0 >= self.oldest && (!superuser || c.role == Role::Superuser)
+        };
+        let engines: &[Engine] =
+            if self.also_by_subscription { &[Engine::Stream, Engine::Subscription] } else { &[Engine::Stream] };
+        let all = product(engines);
         if std::env::var_os("PGTANDEM_TEST_ALL").is_some() {
             return all.into_iter().filter(fits).collect();
         }
@@ -231,7 +241,7 @@ impl Case {
             return all.into_iter().filter(|c| c.versions == versions && fits(c)).collect();
         }
         let mut few: Vec<Combination> = Vec::new();
-        for engine in ENGINES {
+        for &engine in engines {
             for &at in &self.takes {
                 // One that does not fit hands over to the next that does.
                 let from_there = COVERING.iter().cycle().skip(at).take(COVERING.len());
