@@ -18,6 +18,7 @@ mod followed;
 mod harness_itself;
 mod leftover;
 mod moves;
+mod pgoutput;
 mod preflight;
 mod refusals;
 mod schema;
