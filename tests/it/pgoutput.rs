@@ -5,6 +5,7 @@
 mod encoder;
 mod recorder;
 mod recording;
+mod seeds;
 
 use std::collections::BTreeSet;
 
