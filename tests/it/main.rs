@@ -21,6 +21,7 @@ mod moves;
 mod pgoutput;
 mod preflight;
 mod refusals;
+mod regression_database;
 mod schema;
 mod schema_changes;
 mod scope;
