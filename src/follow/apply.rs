@@ -177,6 +177,18 @@ impl Applier {
             // Where a change came from before it reached the source does not matter to the target, and other
             // programs' messages are theirs. The marker is recognised by its transaction.
             Message::Origin { .. } | Message::Logical { .. } => {}
+            // Only whole transactions were asked for, once they committed.
+            Message::StreamStart { .. }
+            | Message::StreamStop
+            | Message::StreamCommit { .. }
+            | Message::StreamAbort { .. }
+            | Message::BeginPrepare(_)
+            | Message::Prepare(_)
+            | Message::CommitPrepared { .. }
+            | Message::RollbackPrepared { .. }
+            | Message::StreamPrepare(_) => {
+                return Err(Error::bug(format!("the stream holds {}, which was not asked for", message.kind())));
+            }
         }
         Ok(())
     }

@@ -73,8 +73,8 @@ pub const IS_USER_TABLE: &str = r"
         SELECT FROM pg_catalog.pg_depend d
         WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')";
 
-/// Of the columns of a key.
-const KEY_IS_PUBLISHED: &str =
+/// Whether the stream carries a key: a condition over all its columns, as `a` (pg_attribute), for HAVING.
+pub const KEY_IS_PUBLISHED: &str =
     "NOT bool_or(a.attgenerated <> '') OR pg_catalog.current_setting('server_version_num')::int4 >= 180000";
 
 /// The partitioned tables above `c` (pg_class), the nearest first, as the columns `above.schemas` and `above.names`; a

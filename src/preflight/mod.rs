@@ -23,6 +23,7 @@ mod privileges;
 mod programs;
 mod replication;
 mod report;
+mod restorable;
 mod roles;
 mod schema_objects;
 mod schemas;
@@ -61,6 +62,7 @@ pub fn kinds() -> impl Iterator<Item = &'static Kind> {
         large_objects::KINDS,
         subscriptions::KINDS,
         extensions::KINDS,
+        restorable::KINDS,
         encoding::KINDS,
         settings::KINDS,
         wal::KINDS,
@@ -228,6 +230,8 @@ async fn ask_both(look: &Look<'_>, found: &mut Vec<Finding>) {
     answer(found, side, "its own settings and grants", database::properties(look).await);
     answer(found, side, "its tablespaces", target::tablespaces(look).await);
     answer(found, side, "its extensions", extensions::extensions(look).await);
+    answer(found, side, "the libraries of functions", restorable::libraries(look).await);
+    answer(found, Side::Source, "generated columns", restorable::generated_in_children(look).await);
     answer(found, side, "its encoding and locale", encoding::database_locale(look).await);
     answer(found, side, "its collations", encoding::column_collations(look).await);
     answer(found, Side::Source, "the client programs", programs::find(look).await);

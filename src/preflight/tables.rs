@@ -9,11 +9,13 @@ use super::privileges::{plain, tables};
 use crate::config::WithoutIdentity;
 use crate::error::Result;
 use crate::postgres::QualifiedName;
-use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::catalog::{IS_USER_TABLE, KEY_IS_PUBLISHED};
 
 /// Tables with what identifies their old rows, and how many updates and deletes they have seen. Counters are reset by
 /// a crash or by hand, and NULL with track_counts off.
 fn identities() -> String {
+    let key_columns = "CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ord)
+            JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum";
     format!(
         r"
         SELECT n.nspname::text, c.relname::text,
@@ -32,8 +34,16 @@ fn identities() -> String {
                        WHERE a.attrelid = c.oid AND a.attgenerated = 'v' AND NOT a.attisdropped)
         FROM pg_catalog.pg_class c
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-        LEFT JOIN pg_catalog.pg_index pk ON pk.indrelid = c.oid AND pk.indisprimary AND pk.indisvalid
-        LEFT JOIN pg_catalog.pg_index ri ON ri.indrelid = c.oid AND ri.indisreplident AND ri.indisvalid
+        LEFT JOIN LATERAL (
+            SELECT bool_and(i.indimmediate) AS indimmediate
+            FROM pg_catalog.pg_index i {key_columns}
+            WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid AND k.ord <= i.indnkeyatts
+            HAVING {KEY_IS_PUBLISHED}) pk ON true
+        LEFT JOIN LATERAL (
+            SELECT min(i.indexrelid::int8) AS indexrelid
+            FROM pg_catalog.pg_index i {key_columns}
+            WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid AND k.ord <= i.indnkeyatts
+            HAVING {KEY_IS_PUBLISHED}) ri ON true
         WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
         ORDER BY 1, 2"
     )

@@ -3,6 +3,7 @@
 mod rights;
 
 use std::num::NonZeroUsize;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use pgtandem::config::{
@@ -14,7 +15,7 @@ use pgtandem::preflight::{self, Report};
 
 use pgtandem::state::Store;
 
-use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, versions_under_test, wait_until};
+use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, server_bin, versions_under_test, wait_until};
 
 #[tokio::test]
 async fn an_ordinary_pair_is_ready() {
@@ -87,6 +88,74 @@ async fn everything_wrong_is_said_at_once() {
     assert_eq!(objects(&report, "prepared_transaction"), ["left behind"]);
     assert!(finding(&report, "large_objects").is_some());
     assert_eq!((fingerprint(&from).await, fingerprint(&to).await), before);
+}
+
+/// Before 18 a generated column is not published, so a key that has one identifies nothing: preflight says so as well.
+#[tokio::test]
+async fn a_key_with_a_generated_column_is_none_before_18() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(
+        "create table by_key (a int, b int generated always as (a / 2) stored, primary key (a, b));
+         create table by_index (a int not null, b int not null generated always as (a / 2) stored, unique (a, b));
+         alter table by_index replica identity using index by_index_a_b_key;
+         create table beside (a int primary key, b int generated always as (a / 2) stored)",
+    )
+    .await;
+
+    let report = check(&from, &to).await;
+
+    let unkeyed: &[&str] = if source.version() < 18 { &["public.by_index", "public.by_key"] } else { &[] };
+    assert_eq!(objects(&report, "insert_only"), unkeyed, "{}", report.to_text(false));
+}
+
+#[tokio::test]
+async fn functions_that_the_target_cannot_load_are_named() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    let server = server_bin(source.version()).join("../lib/postgresql/refint.so");
+    let folder = tempfile::Builder::new().prefix("pgtandem-library-").tempdir_in("/tmp").unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let library = folder.path().join("of their own.so");
+    std::fs::copy(server, &library).unwrap();
+    from.execute(&format!(
+        "create function plain() returns int language sql as 'select 1';
+         create function \"Their check\"() returns trigger language c as '{}', 'check_primary_key'",
+        library.display()
+    ))
+    .await;
+    // The source has loaded it; the target looks for it in vain.
+    std::fs::remove_file(&library).unwrap();
+
+    let report = check(&from, &to).await;
+
+    assert_eq!(codes(&report, "blocking"), ["library_refused"], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "library_refused"), ["public.\"Their check\"()"]);
+    from.execute(fix(&report, "library_refused").lines().last().unwrap()).await;
+    let report = check(&from, &to).await;
+    assert_eq!(codes(&report, "blocking"), [""; 0], "{}", report.to_text(false));
+}
+
+#[tokio::test]
+async fn columns_that_are_generated_in_a_child_alone_are_named_where_they_are_refused() {
+    let (source, old, new) = tokio::join!(Cluster::start(15), Cluster::start(15), Cluster::start(16));
+    let (from, to) = (source.create_database("app").await, new.create_database("app").await);
+    from.execute(
+        r#"create table parent (a int primary key, "b" int);
+           create table "Chi""ld" ("b" int generated always as (a * 2) stored) inherits (parent);
+           create table like_it (b int generated always as (a * 2) stored) inherits (parent)"#,
+    )
+    .await;
+
+    let report = check(&from, &to).await;
+
+    assert_eq!(codes(&report, "blocking"), ["generated_in_child"], "{}", report.to_text(false));
+    assert_eq!(objects(&report, "generated_in_child"), ["public.Chi\"ld.b", "public.like_it.b"]);
+    let theirs = check(&from, &old.create_database("app").await).await;
+    assert_eq!(codes(&theirs, "blocking"), [""; 0], "{}", theirs.to_text(false));
+    from.execute(&fix(&report, "generated_in_child")).await;
+    let moved = Pgtandem::new(&from, &to, "app").run(&["run", "--until", "copy"]).await;
+    assert_eq!(moved.code, Some(0), "{moved}");
 }
 
 #[tokio::test]

@@ -32,8 +32,9 @@ const RELATIONS: &str = "
        and not exists (select from pg_depend d
                         where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')";
 
+/// Always quoted: which names need quotes differs from version to version.
 const COLUMNS: &str = "
-    select format('%I', attname) from pg_attribute
+    select '\"' || replace(attname, '\"', '\"\"') || '\"' from pg_attribute
      where attrelid = 'TABLE'::regclass and attnum > 0 and not attisdropped
      order by attname collate \"C\"";
 

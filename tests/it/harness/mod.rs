@@ -30,7 +30,7 @@ pub use catalog::{assert_same_catalog, catalog_differences};
 pub use cluster::{Cluster, ClusterBuilder, PASSWORD, Stop};
 pub use compare::{assert_same, differences};
 pub use database::Database;
-pub use provision::{VERSIONS, client_program, versions_under_test};
+pub use provision::{VERSIONS, client_program, server_bin, versions_under_test};
 pub use tls::TlsFiles;
 
 use std::time::{Duration, Instant};
