@@ -280,6 +280,8 @@ impl Moved {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut pgtandem = Pgtandem::new(&seen(&from_above), &seen(&to_above), &name)
             .env("PGTANDEM_COPY_METHOD", if combination.method == Method::Copy { "copy" } else { "dump" })
+            // What judges is the comparison of the test, which shows the rows.
+            .env("PGTANDEM_CUTOVER_VERIFY", "off")
             .working_in(folder.path());
         if combination.engine == Engine::Subscription {
             pgtandem = pgtandem.env("PGTANDEM_FOLLOW_ENGINE", "subscription");
