@@ -159,7 +159,8 @@ async fn catalog(database: &Database) -> Vec<String> {
 
 async fn same_catalog(sides: &Sides) {
     let (from, to) = (catalog(&sides.from).await, catalog(&sides.to).await);
-    let only = |one: &[String], other: &[String]| one.iter().filter(|line| !other.contains(line)).cloned().collect::<Vec<_>>();
+    let only =
+        |one: &[String], other: &[String]| one.iter().filter(|line| !other.contains(line)).cloned().collect::<Vec<_>>();
     assert!(from == to, "only on the source: {:#?}\nonly on the target: {:#?}", only(&from, &to), only(&to, &from));
 }
 
@@ -187,10 +188,15 @@ async fn a_captured_change_that_the_target_refuses_is_waited_for() {
     sides.from.execute("insert into t values (3, 'c')").await;
     wait_until("the daemon says what it waits for", PATIENCE, async || {
         let status = sides.status().await;
-        status["error"]["code"] == "ddl_refused" && status["error"]["message"].as_str().is_some_and(|m| m.contains("grant select on t"))
+        status["error"]["code"] == "ddl_refused"
+            && status["error"]["message"].as_str().is_some_and(|m| m.contains("grant select on t"))
     })
     .await;
-    assert_eq!(sides.to.query_strings("select id from t order by 1").await, ["1"], "nothing of its transaction is there");
+    assert_eq!(
+        sides.to.query_strings("select id from t order by 1").await,
+        ["1"],
+        "nothing of its transaction is there"
+    );
     // Mended, it goes on by itself.
     sides.to.execute("create role only_here").await;
     wait_until("it goes on", PATIENCE, async || sides.to.query_string("select count(*) from t").await == "3").await;
@@ -325,7 +331,10 @@ async fn tables_are_copied_again_while_following() {
 /// The sides differ, the move stopped; a copy of the table is the way on.
 #[tokio::test]
 async fn a_table_that_diverged_is_copied_again_and_the_move_goes_on() {
-    let sides = Sides::with("create table t (id int primary key, v text); insert into t select i, 'v' from generate_series(1, 9) i").await;
+    let sides = Sides::with(
+        "create table t (id int primary key, v text); insert into t select i, 'v' from generate_series(1, 9) i",
+    )
+    .await;
     let daemon = sides.follow().await;
     sides.to.execute("delete from t where id = 5").await;
     sides.from.execute("update t set v = 'x' where id = 5").await;
@@ -341,7 +350,9 @@ async fn a_table_that_diverged_is_copied_again_and_the_move_goes_on() {
 /// What a tool does that changes a large table by filling another one and exchanging their names.
 #[tokio::test]
 async fn a_table_that_was_exchanged_is_copied_again() {
-    let sides = Sides::without_a_superuser("create table t (id int primary key, v text); insert into t values (1, 'old')").await;
+    let sides =
+        Sides::without_a_superuser("create table t (id int primary key, v text); insert into t values (1, 'old')")
+            .await;
     let daemon = sides.follow().await;
     daemon.terminate();
     assert_eq!(daemon.wait(PATIENCE).await.code, Some(0));

@@ -103,7 +103,7 @@ pub struct Case {
     role_settings: Vec<(&'static str, &'static str)>,
     role_attributes: &'static str,
     oldest: u16,
-    only_superuser: bool,
+    only: Option<Role>,
     patience: Duration,
     deaths: bool,
 }
@@ -125,7 +125,7 @@ impl Case {
             role_settings: Vec::new(),
             role_attributes: "",
             oldest: 13,
-            only_superuser: false,
+            only: None,
             patience: PATIENCE,
             deaths: false,
         }
@@ -180,9 +180,9 @@ impl Case {
         self
     }
 
-    /// Needs a superuser on both sides.
-    pub fn only_superuser(mut self) -> Self {
-        self.only_superuser = true;
+    /// Is about one of the roles.
+    pub fn only(mut self, role: Role) -> Self {
+        self.only = Some(role);
         self
     }
 
@@ -221,7 +221,7 @@ impl Case {
 
     /// `PGTANDEM_TEST_ALL=1` takes all, `TEST_POSTGRES` those versions, or else the few that the case names.
     fn combinations(&self) -> Vec<Combination> {
-        let fits = |c: &Combination| c.versions.0 >= self.oldest && (!self.only_superuser || c.role == Role::Superuser);
+        let fits = |c: &Combination| c.versions.0 >= self.oldest && self.only.is_none_or(|role| c.role == role);
         let all = product();
         if std::env::var_os("PGTANDEM_TEST_ALL").is_some() {
             return all.into_iter().filter(fits).collect();
