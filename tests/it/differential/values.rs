@@ -1,6 +1,6 @@
 //! Values: whatever the source prints, the target reads as the same.
 
-use super::case::{Case, cut_over, following, number};
+use super::case::{Case, Role, cut_over, following, number};
 use crate::harness::{Cluster, PATIENCE, Pgtandem, assert_same, versions_under_test};
 
 const VALUES: &str = include_str!("content/values.sql");
@@ -36,7 +36,7 @@ async fn every_value_arrives_as_it_was() {
 
 #[tokio::test]
 async fn the_settings_of_the_role_change_nothing() {
-    let case = Case::new("role_settings").schema(VALUES).script(VALUES_CHANGES).covering(&[0]).only_superuser();
+    let case = Case::new("role_settings").schema(VALUES).script(VALUES_CHANGES).covering(&[0]).only(Role::Superuser);
     case.role_settings(&HOSTILE_SETTINGS).moves().await;
 }
 
