@@ -174,7 +174,8 @@ async fn captured_changes_arrive(sides: Sides) {
     sides.arrives_whole(daemon).await;
     same_catalog(&sides).await;
     assert_eq!(sides.to.query_string("select count(*) from pgtandem.ddl where state = 'refused'").await, "0");
-    let left = "select (select count(*) from pg_event_trigger) + (select count(*) from pg_class where relname = 'ddl_app')";
+    let left =
+        "select (select count(*) from pg_event_trigger) + (select count(*) from pg_class where relname = 'ddl_app')";
     assert_eq!(sides.from.query_string(left).await, "0", "the capture goes with the switch");
 }
 
@@ -194,7 +195,8 @@ async fn captured_changes_of_the_schema_arrive_from_13_to_18() {
 async fn a_role_of_the_source_gains_nothing_from_the_capture() {
     let sides = Sides::with(CONTENT).await;
     for side in [&sides.from, &sides.to] {
-        side.execute(&format!("create role dev login password '{PASSWORD}'; grant create on schema public to dev")).await;
+        side.execute(&format!("create role dev login password '{PASSWORD}'; grant create on schema public to dev"))
+            .await;
     }
     sides.from.execute("create schema traps authorization dev").await;
     let daemon = sides.follow().await;

@@ -49,7 +49,11 @@ LINES
 @c rollback prepared 'rolls back'
 @d rollback
 @e update t set v = 'later' where id = -1004; commit";
-    let case = Case::new("transactions").schema(schema).around_the_cut(before, meanwhile).script(&script).also_by_subscription();
+    let case = Case::new("transactions")
+        .schema(schema)
+        .around_the_cut(before, meanwhile)
+        .script(&script)
+        .also_by_subscription();
     case.covering(&[0, 4]).moves().await;
 }
 
