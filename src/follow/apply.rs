@@ -31,7 +31,7 @@ use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
 use super::queue::Receiver;
 use super::reader::Delivery;
 use super::relation::{Finder, Plan, TargetTable, mending, target_table, target_table_query, type_names_query};
-use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings, TABLES_TO_COPY};
+use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::config::MissingRow;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
@@ -563,7 +563,7 @@ fn check_width(plan: &Plan, tuple: &Tuple) -> Result<()> {
 
 /// Following ends for a while: tables are to be copied, as the state says.
 fn tables_to_copy() -> Error {
-    Error::new(Class::Retry, TABLES_TO_COPY, "tables are to be copied again after a schema change")
+    Error::new(Class::Retry, "tables_to_copy", "tables are to be copied again after a schema change")
 }
 
 fn out_of_place(what: &str) -> Error {

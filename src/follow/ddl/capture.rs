@@ -129,7 +129,8 @@ impl Capture {
              CREATE SCHEMA IF NOT EXISTS pgtandem;
              CREATE TABLE IF NOT EXISTS {table} (event text NOT NULL);
              {drop_triggers};
-             CREATE OR REPLACE FUNCTION {publish}() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+             DROP FUNCTION IF EXISTS {publish}();
+             CREATE FUNCTION {publish}() RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER
                  SET search_path = pg_catalog, pg_temp AS {publish_body};
              REVOKE ALL ON FUNCTION {publish}() FROM PUBLIC;
              CREATE OR REPLACE FUNCTION {capture}() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER AS {capture_body};
@@ -143,12 +144,15 @@ impl Capture {
     }
 
     /// Brings every table of the scope into the publication that fits it. Most tables are there already: it changes what the
-    /// statement before has changed.
+    /// statement before has changed. Returns the tables whose updates and deletes are not carried from here on
+    /// (`lost`), and those whose are carried again (`gained`).
     fn publish_body(&self, scope: &Scope) -> String {
         format!(
             r"
 DECLARE
     item record;
+    lost jsonb := '[]';
+    gained jsonb := '[]';
 BEGIN
     FOR pass IN 1 .. 2 LOOP
         FOR item IN
@@ -157,7 +161,7 @@ BEGIN
                 FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
                 WHERE p.pubname IN ({full}, {inserts})
             )
-            SELECT format('%I.%I', n.nspname, c.relname) AS name, root.name AS root, identity.has AS identified,
+            SELECT format('%I.%I', n.nspname, c.relname) AS name, n.nspname AS schema_name, c.relname AS table_name, root.name AS root, identity.has AS identified,
                    COALESCE(bool_or(m.full), false) AS full, COALESCE(bool_or(m.full AND m.prrelid = c.oid), false) AS full_itself,
                    COALESCE(bool_or(NOT m.full), false) AS inserts,
                    COALESCE(bool_or(NOT m.full AND m.prrelid = c.oid), false) AS inserts_itself
@@ -180,6 +184,9 @@ BEGIN
                 OR COALESCE(bool_or(m.full), false) AND NOT identity.has
         LOOP
             IF item.identified AND NOT item.full THEN
+                IF item.inserts THEN
+                    gained := gained || jsonb_build_array(jsonb_build_array(item.schema_name, item.table_name));
+                END IF;
                 IF item.inserts_itself THEN
                     EXECUTE 'ALTER PUBLICATION {inserts_name} DROP TABLE ONLY ' || item.name;
                 END IF;
@@ -187,6 +194,7 @@ BEGIN
             ELSIF NOT item.identified AND item.full_itself THEN
                 EXECUTE 'ALTER PUBLICATION {full_name} DROP TABLE ONLY ' || item.name;
                 EXECUTE 'ALTER PUBLICATION {inserts_name} ADD TABLE ONLY ' || item.name;
+                lost := lost || jsonb_build_array(jsonb_build_array(item.schema_name, item.table_name));
             ELSIF NOT item.identified AND item.full THEN
                 -- A partition without what the others have: each is listed for itself, by the second pass.
                 IF EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
@@ -195,9 +203,11 @@ BEGIN
                 END IF;
             ELSIF NOT item.inserts THEN
                 EXECUTE 'ALTER PUBLICATION {inserts_name} ADD TABLE ONLY ' || item.name;
+                lost := lost || jsonb_build_array(jsonb_build_array(item.schema_name, item.table_name));
             END IF;
         END LOOP;
     END LOOP;
+    RETURN jsonb_build_object('lost', lost, 'gained', gained);
 END",
             full = quote_literal(&self.name.publication()),
             inserts = quote_literal(&self.name.insert_publication()),
@@ -247,6 +257,7 @@ DECLARE
     language pg_catalog.text := pg_catalog.current_setting('lc_messages'::pg_catalog.text);
     context pg_catalog.text;
     objects pg_catalog.jsonb;
+    identities pg_catalog.jsonb;
     event pg_catalog.jsonb;
     place pg_catalog.tid;
 BEGIN
@@ -319,13 +330,13 @@ BEGIN
         END IF;
         IF objects IS NOT NULL THEN
             IF tg_event <> 'table_rewrite' THEN
-                PERFORM {publish}();
+                identities := {publish}();
             END IF;
             event := jsonb_build_object(
                 'event', tg_event, 'tag', tg_tag, 'query', current_query(), 'context', context,
                 'session', pg_backend_pid() || ' ' || extract(epoch FROM statement_timestamp()),
                 'role', CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END,
-                'path', path, 'objects', objects);
+                'path', path, 'objects', objects, 'identities', identities);
             INSERT INTO {table} VALUES (event::text) RETURNING ctid INTO place;
             DELETE FROM {table} WHERE ctid = place;
         END IF;

@@ -26,8 +26,30 @@ pub(super) struct Event {
     pub path: Option<String>,
     #[serde(default)]
     pub objects: Vec<Object>,
+    /// Tables that nothing identifies any more, and those that something identifies again.
+    #[serde(default)]
+    pub identities: Option<Identities>,
     /// Why the capture could not describe the statement.
     pub failed: Option<String>,
+}
+
+/// Tables by schema and name; see [`super::capture`].
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct Identities {
+    /// Their updates and deletes are not carried from here on.
+    lost: Vec<(String, String)>,
+    /// Theirs are carried again.
+    gained: Vec<(String, String)>,
+}
+
+impl Identities {
+    pub(super) fn lost(&self) -> impl Iterator<Item = QualifiedName> {
+        self.lost.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone()))
+    }
+
+    pub(super) fn gained(&self) -> impl Iterator<Item = QualifiedName> {
+        self.gained.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone()))
+    }
 }
 
 /// One object that was made, changed or dropped.

@@ -40,7 +40,11 @@ impl Applier {
             return Err(self.refused(at, change, Error::new(Class::Operator, "ddl_refused", why)).await);
         }
         match event.deed(&self.settings.scope, &self.schema.seen) {
-            Ok(Deed::Nothing) => Ok(()),
+            Ok(Deed::Nothing) => {
+                self.open_batch().await?;
+                self.schema.in_batch = true;
+                self.watch_identities(&event).await
+            }
             Ok(Deed::Rewrite(table, reason)) => {
                 *self.schema.rewritten.entry(table).or_default() |= reason;
                 Ok(())
@@ -67,7 +71,7 @@ impl Applier {
         let change = self.describe(at, event, &event.shown(statement));
         if self.is_to_be_skipped(at).await? {
             tracing::warn!(statement = change.statement, "a schema change is left out, as asked");
-            return Ok(());
+            return self.watch_identities(event).await;
         }
         let before = self.known_tables().await?;
         let mut again = self.written_anew(event, statement).await?;
@@ -84,6 +88,7 @@ impl Applier {
         for table in again {
             self.copy_again(&table).await?;
         }
+        self.watch_identities(event).await?;
         self.hold_back().await.doing(|| "holding back the triggers of a schema change")?;
         let note = change.sql(self.settings.move_name.as_str(), state, None);
         self.pipeline.query(&note).await.doing(|| "noting a schema change")?;
@@ -317,6 +322,27 @@ impl Applier {
         Ok(())
     }
 
+    /// A table that nothing identifies is compared behind the fence of the cutover. When something identifies it again, it is
+    /// copied: what was updated in between was not carried.
+    async fn watch_identities(&mut self, event: &Event) -> Result<()> {
+        let Some(identities) = &event.identities else { return Ok(()) };
+        let move_name = quote_literal(self.settings.move_name.as_str());
+        for table in identities.lost() {
+            let [schema, name] = [&table.schema, &table.name].map(|part| quote_literal(part));
+            let sql = format!(
+                "INSERT INTO pgtandem.unkeyed_table (move, schema_name, table_name, changes)
+                 VALUES ({move_name}, {schema}, {name}, 0) ON CONFLICT DO NOTHING"
+            );
+            self.pipeline.query(&sql).await.doing(|| "watching a table without a replica identity")?;
+        }
+        for table in identities.gained() {
+            let sql = format!("DELETE FROM pgtandem.unkeyed_table WHERE {}", self.row_of(&table));
+            self.pipeline.query(&sql).await.doing(|| "watching a table without a replica identity")?;
+            self.copy_again(&table).await?;
+        }
+        Ok(())
+    }
+
     async fn begin_table(&mut self, table: &QualifiedName, at: Position, empty: bool) -> Result<()> {
         let move_name = self.settings.move_name.as_str();
         let sql = copied_sql(move_name, table, at.commit_lsn, 0, 0);
@@ -393,7 +419,7 @@ impl Applier {
         );
         let rows = self.pipeline.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
         if !rows.is_empty() {
-            tracing::info!(table = %table.plain(), "the table is copied again: its values may differ after the schema change");
+            tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
             self.schema.copy_again = true;
         }
         Ok(())

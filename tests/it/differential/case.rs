@@ -487,10 +487,18 @@ pub async fn following(daemon: &mut Running, patience: Duration) {
 }
 
 /// Waits until the move is ready, cuts over, and sees the daemon end well.
-pub async fn cut_over(pgtandem: &Pgtandem, daemon: Running) {
-    // It waits for what is still to be applied; on a busy machine that takes a while.
-    let done = pgtandem.spawn(&["cutover", "--timeout", "3m"]).wait(4 * PATIENCE).await;
-    assert_eq!(done.code, Some(0), "{done}\n{}", daemon.stderr());
+pub async fn cut_over(pgtandem: &Pgtandem, mut daemon: Running) {
+    wait_until("the cutover happens", 4 * PATIENCE, async || {
+        // It waits for what is still to be applied; on a busy machine that takes a while.
+        let done = pgtandem.spawn(&["cutover", "--timeout", "3m"]).wait(4 * PATIENCE).await;
+        // A table that is copied again after a change of its identity puts it off.
+        let put_off = ["following ended", "not_following", "no_daemon", "not_noticed"]
+            .iter()
+            .any(|why| done.stderr.contains(why));
+        assert!(done.code == Some(0) || put_off && daemon.is_running(), "{done}\n{}", daemon.stderr());
+        done.code == Some(0)
+    })
+    .await;
     let ended = daemon.wait(PATIENCE).await;
     assert_eq!(ended.code, Some(0), "{ended}");
 }
