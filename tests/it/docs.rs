@@ -44,7 +44,7 @@ fn literal(text: &str) -> Option<&str> {
 }
 
 /// Functions that make an error and take its code first, as `name("code"`.
-const MAKERS: [&str; 5] = ["usage(", "no(", "lost(", "refused(", "blocker("];
+const MAKERS: [&str; 6] = ["usage(", "no(", "lost(", "refused(", "blocker(", "said("];
 
 /// Error codes in a source file: what follows `Class::Word,`, what the makers are given, and what stands first in the
 /// tuples of TLS errors.
@@ -56,6 +56,8 @@ fn codes(source: &str) -> BTreeSet<String> {
         // Between class and code there is a comma: in a call, a tuple, or a pair of them.
         found.extend(rest[class..].strip_prefix(',').and_then(literal).map(str::to_owned));
     }
+    // Blockers, which are no errors.
+    found.extend(source.match_indices(" code: ").filter_map(|(at, _)| literal(&source[at + 7..])).map(str::to_owned));
     for maker in MAKERS {
         for (at, _) in source.match_indices(maker) {
             let whole_word = !source[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');

@@ -8,7 +8,7 @@ use crate::error::{Class, Doing, Error, Result};
 use crate::follow::apply::Applier;
 use crate::follow::pipeline::Position;
 use crate::postgres::wire::TextRow;
-use crate::postgres::{QualifiedName, quote_literal};
+use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::schema::hold_back;
 use crate::state::{SchemaChange, copied_sql, hold_back_sql};
 
@@ -421,6 +421,8 @@ impl Applier {
         if !rows.is_empty() {
             tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
             self.schema.copy_again = true;
+            // What comes until then is in that copy, and may not fit what the target holds meanwhile.
+            self.settings.cuts.insert(table.clone(), Lsn::new(u64::MAX));
         }
         Ok(())
     }
