@@ -265,7 +265,12 @@ impl<'a> Case<'a> {
             }
             Err(error) if error.as_db_error().is_some() => {
                 writeln!(self.played, "-- @{session} {sql}: {}", why(&error)).ok();
-                self.must(session, "rollback to savepoint s").await?;
+                if sql.contains("from stdin\n") {
+                    // The client does not find its way back after a COPY that was refused: its transaction goes with it.
+                    self.sessions[usize::from(session)] = None;
+                } else {
+                    self.must(session, "rollback to savepoint s").await?;
+                }
             }
             Err(error) => return Err(format!("{sql}: {}", why(&error))),
         }
