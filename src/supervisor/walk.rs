@@ -102,7 +102,7 @@ impl<'a> Walk<'a> {
         s.telemetry.phase(Phase::Copy);
         self.only_our_stream().await?;
         // Tables that came to the move later are in no archive and in nobody's copy by hand.
-        if self.nothing_copied().await? {
+        if self.is_first_copy().await? {
             match s.config.copy.method {
                 CopyMethod::Copy => {}
                 CopyMethod::Dump => {
@@ -276,6 +276,16 @@ impl<'a> Walk<'a> {
 
     async fn nothing_to_copy(&self) -> Result<bool> {
         Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state == TableState::Copied))
+    }
+
+    /// Nothing is copied, and nothing was followed: what was dumped, or copied by hand, under the first cut is what the stream
+    /// goes on from.
+    async fn is_first_copy(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let slot = s.record().await?.slot_lsn;
+        let followed =
+            slot.is_some_and(|slot| slot != Lsn::ZERO) && s.store.progress().await?.lsn > slot.unwrap_or_default();
+        Ok(!followed && self.nothing_copied().await?)
     }
 
     async fn nothing_copied(&self) -> Result<bool> {

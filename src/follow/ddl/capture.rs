@@ -255,6 +255,7 @@ fn capture_body(name: &MoveName, table: &QualifiedName, publish: &QualifiedName)
 DECLARE
     path pg_catalog.text := pg_catalog.current_setting('search_path'::pg_catalog.text);
     language pg_catalog.text := pg_catalog.current_setting('lc_messages'::pg_catalog.text);
+    patience pg_catalog.text := pg_catalog.current_setting('lock_timeout'::pg_catalog.text);
     context pg_catalog.text;
     objects pg_catalog.jsonb;
     identities pg_catalog.jsonb;
@@ -330,7 +331,14 @@ BEGIN
         END IF;
         IF objects IS NOT NULL THEN
             IF tg_event <> 'table_rewrite' THEN
-                identities := {publish}();
+                -- Another statement that changes the publications may hold them until its transaction ends.
+                BEGIN
+                    PERFORM set_config('lock_timeout', '2s', true);
+                    identities := {publish}();
+                EXCEPTION WHEN OTHERS THEN
+                    identities := NULL;
+                END;
+                PERFORM set_config('lock_timeout', patience, true);
             END IF;
             event := jsonb_build_object(
                 'event', tg_event, 'tag', tg_tag, 'query', current_query(), 'context', context,

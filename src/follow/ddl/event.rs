@@ -228,8 +228,9 @@ impl Event {
                 found.drain(..behind);
             }
         }
-        let rolls_back =
-            statements.iter().any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK"));
+        let rolls_back = statements
+            .iter()
+            .any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK" || word == "ABORT"));
         let statements = found.into_iter().map(|(at, s)| (at, s.to_owned())).collect();
         Ok(Some(Candidates { text, statements, rolls_back }))
     }

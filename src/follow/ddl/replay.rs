@@ -71,6 +71,9 @@ impl Applier {
         let change = self.describe(at, event, &event.shown(statement));
         if self.is_to_be_skipped(at).await? {
             tracing::warn!(statement = change.statement, "a schema change is left out, as asked");
+            if let Some((position, _)) = candidates.statements.first() {
+                self.schema.seen.was(candidates, *position);
+            }
             return self.watch_identities(event).await;
         }
         let before = self.known_tables().await?;
@@ -163,9 +166,7 @@ impl Applier {
                 Err(error) => Err(error),
             };
             let fits = match (&outcome, &wanted) {
-                (Ok(_), Some((table, columns))) if several && candidates.rolls_back => {
-                    self.columns_of(table).await? == *columns
-                }
+                (Ok(_), Some((table, columns))) if several => self.columns_of(table).await? == *columns,
                 (Ok(_), _) => true,
                 (Err(_), _) => false,
             };
@@ -440,7 +441,14 @@ fn name(row: &TextRow, at: usize) -> Option<QualifiedName> {
 
 fn is_done_already(error: &Error, statement: &str) -> bool {
     let Some(sqlstate) = error.sqlstate() else { return false };
+    // Of several actions some may not be done.
+    if super::statement::has_several_parts(statement) {
+        return false;
+    }
     let words = super::statement::first_words(statement, usize::MAX);
+    if words.iter().any(|word| word == "OWNED" || word == "OWNER") {
+        return false;
+    }
     ALREADY.contains(&sqlstate)
         || NOT_THERE.contains(&sqlstate) && words.iter().any(|word| word == "DROP" || word == "RENAME")
 }

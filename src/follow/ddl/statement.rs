@@ -87,6 +87,21 @@ pub(super) fn without_concurrently(statement: &str) -> String {
     statement.to_owned()
 }
 
+/// Whether a comma stands outside of all parentheses: several actions, or several objects.
+pub(super) fn has_several_parts(statement: &str) -> bool {
+    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut parentheses = 0_u32;
+    while let Some(token) = cursor.next() {
+        match token {
+            Token::Symbol('(' | '[') => parentheses += 1,
+            Token::Symbol(')' | ']') => parentheses = parentheses.saturating_sub(1),
+            Token::Symbol(',') if parentheses == 0 => return true,
+            _ => {}
+        }
+    }
+    false
+}
+
 /// The statement that a function ran, from the call stack below the trigger's own frame; `None` at the top level.
 ///
 /// # Errors
@@ -260,6 +275,13 @@ mod tests {
         assert!(mentions("alter table public.Orders add x int", "orders"));
         assert!(mentions(r#"alter table "Or""ders" add x int"#, "Or\"ders"));
         assert!(!mentions("comment on table t is 'orders'", "orders"));
+    }
+
+    #[test]
+    fn several_actions_are_told_from_one() {
+        assert!(has_several_parts("alter table t drop constraint c, owner to bob"));
+        assert!(has_several_parts("drop view a, b"));
+        assert!(!has_several_parts("alter table t add x numeric(10, 2) default f('a, b', 1)"));
     }
 
     #[test]

@@ -59,12 +59,11 @@ fn plan() -> impl Strategy<Value = Plan> {
         })
 }
 
-/// Runs cases until the time is over, and prints how many.
-fn explore(time: Duration) {
+/// Runs cases from this seed on until the time is over, and prints how many.
+fn explore(time: Duration, first: u64) {
     let began = Instant::now();
-    let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as u64;
     let only = number("PGTANDEM_TEST_SEED");
-    let (next, done, failed) = (AtomicU64::new(only.unwrap_or(clock)), AtomicU64::new(0), AtomicBool::new(false));
+    let (next, done, failed) = (AtomicU64::new(only.unwrap_or(first)), AtomicU64::new(0), AtomicBool::new(false));
     let workers = if only.is_some() { 1 } else { number("PGTANDEM_TEST_WORKERS").unwrap_or(2) };
     std::thread::scope(|scope| {
         for _ in 0..workers {
@@ -124,11 +123,13 @@ fn case(stage: &Stage, seed: u64) -> Result<(), String> {
 
 #[test]
 fn random_histories_arrive() {
-    explore(Duration::from_secs(60));
+    // The same ones each time: a change is judged by what it changed.
+    explore(Duration::from_secs(60), 0);
 }
 
 #[test]
 #[ignore = "for hours: PGTANDEM_TEST_MINUTES=60 cargo test --test it for_hours -- --ignored --nocapture"]
 fn for_hours() {
-    explore(Duration::from_secs(60 * number("PGTANDEM_TEST_MINUTES").unwrap_or(60)));
+    let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as u64;
+    explore(Duration::from_secs(60 * number("PGTANDEM_TEST_MINUTES").unwrap_or(60)), clock);
 }
