@@ -102,13 +102,18 @@ pub(crate) async fn find(session: &Session, event_triggers: &[String]) -> Result
 }
 
 /// What the cutover shall bring back, whatever happened since the schema was restored: the triggers and rules that the source
-/// has enabled and the target has at all, and of the identities that are held back those that are GENERATED ALWAYS there.
-pub(crate) async fn as_on_the_source(source: &Session, target: &Session, held: &[String]) -> Result<Vec<HeldBack>> {
+/// has enabled and the target has at all.
+///
+/// Returns them, and the names of all triggers and rules that the source has. One that is held back and that the source does not have
+/// under this name keeps its place: a rename of it may still be on its way.
+pub(crate) async fn as_on_the_source(source: &Session, target: &Session) -> Result<(Vec<HeldBack>, Vec<String>)> {
     let found = find(source, &[]).await?;
-    let rows = target.query(&every_object(), &[]).await.doing(|| "listing triggers and rules of the target")?;
-    let mut there: HashSet<String> = rows.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<_>>()?;
-    there.extend(held.iter().filter(|what| what.starts_with("GENERATED ALWAYS of ")).cloned());
-    Ok(found.into_iter().filter(|object| there.contains(&object.what)).collect())
+    let names = async |session: &Session| -> Result<HashSet<String>> {
+        let rows = session.query(&every_object(), &[]).await.doing(|| "listing triggers and rules")?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    };
+    let (known, there) = (names(source).await?, names(target).await?);
+    Ok((found.into_iter().filter(|object| there.contains(&object.what)).collect(), known.into_iter().collect()))
 }
 
 /// [`HeldBack::what`] of each trigger and rule, enabled or not.

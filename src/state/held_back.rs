@@ -50,21 +50,24 @@ impl Store {
         self.execute(&format!("BEGIN; {sql}; COMMIT")).await.doing(|| "disabling triggers and rules until the cutover")
     }
 
-    /// What the cutover is to bring back is this, and nothing else, but for foreign keys and event triggers.
+    /// Of the triggers and rules that are `known`, the cutover is to bring back these, and no others.
     ///
     /// # Errors
-    /// The connection's; the target's refusal.
-    pub async fn hold_back_instead(&self, objects: &[HeldBack]) -> Result<()> {
-        self.execute(&format!(
-            "BEGIN; SET LOCAL lock_timeout = '5s';
+    /// The connection's; the target's refusal; class retry if the move is not of this epoch any more.
+    pub async fn hold_back_instead(&self, epoch: i64, objects: &[HeldBack], known: &[String]) -> Result<()> {
+        let known = known.iter().map(|what| quote_literal(what)).collect::<Vec<_>>().join(", ");
+        let fence = fence_sql(self.name.as_str(), epoch);
+        let done = self
+            .execute(&format!(
+                "BEGIN; SET LOCAL lock_timeout = '5s';
              DELETE FROM pgtandem.held_back WHERE move = {}
-                 AND (what LIKE 'trigger %' OR what LIKE 'rule %' OR what LIKE 'GENERATED ALWAYS of %');
-             {}; COMMIT",
-            quote_literal(self.name.as_str()),
-            hold_back_sql(self.name.as_str(), objects)
-        ))
-        .await
-        .doing(|| "holding back the triggers and rules as they are on the source")
+                 AND what = ANY (ARRAY[{known}]::text[]);
+             {}; {fence}; COMMIT",
+                quote_literal(self.name.as_str()),
+                hold_back_sql(self.name.as_str(), objects)
+            ))
+            .await;
+        done.map_err(only_the_leader).doing(|| "holding back the triggers and rules as they are on the source")
     }
 
     /// Brings back everything that was held back, in one transaction and one round trip, the last one first. Can be repeated.

@@ -224,9 +224,9 @@ impl<'a> Steering<'a> {
     async fn hold_back_as_on_the_source(&self) -> Result<()> {
         let s = self.supervisor;
         let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
-        let held = s.store.held_back().await?;
-        let objects = hold_back::as_on_the_source(&source, &target, &held).await?;
-        s.store.hold_back_instead(&objects).await
+        let (mut objects, known) = hold_back::as_on_the_source(&source, &target).await?;
+        objects.retain(|object| known.contains(&object.what));
+        s.store.hold_back_instead(self.epoch, &objects, &known).await
     }
 
     async fn cut_over(&self, request: Option<i64>, timeout: Duration) -> Result<Duration> {

@@ -139,7 +139,7 @@ impl Capture {
              COMMIT",
             drop_triggers = self.drop_triggers(),
             publish_body = quote_literal(&self.publish_body(scope)),
-            capture_body = quote_literal(&capture_body(&self.name, &table, &publish)),
+            capture_body = quote_literal(&capture_body(&table, &publish)),
         )
     }
 
@@ -247,9 +247,9 @@ fn scope_sql(scope: &Scope) -> String {
 
 /// Runs with its owner's rights, in whatever session makes a change. Until the search path is set, every name is qualified
 /// and there is no operator, so that nothing of the session's own is called with these rights.
-fn capture_body(name: &MoveName, table: &QualifiedName, publish: &QualifiedName) -> String {
-    // What the move does itself concerns only the source: its fence, its publications.
-    let application_name = quote_literal(&format!("pgtandem {name} "));
+fn capture_body(table: &QualifiedName, publish: &QualifiedName) -> String {
+    // What a move does itself, this one or another, concerns only the source: its fence, its publications.
+    let application_name = quote_literal("pgtandem ");
     format!(
         r"
 DECLARE
