@@ -20,12 +20,19 @@ pub struct HeldBack {
 /// Disables these, in order, and writes them down: a part of a transaction. One that is written down already gives way.
 #[must_use]
 pub fn hold_back_sql(move_name: &str, objects: &[HeldBack]) -> String {
+    let each = objects
+        .iter()
+        .map(|object| format!("{}; {}", object.disable, noted_sql(move_name, std::slice::from_ref(object))));
+    each.collect::<Vec<_>>().join(";\n")
+}
+
+/// Writes down what is disabled already.
+fn noted_sql(move_name: &str, objects: &[HeldBack]) -> String {
     let name = quote_literal(move_name);
     let each = objects.iter().map(|HeldBack { what, enable, disable }| {
         let [what, enable, statement] = [what, enable, disable].map(|text| quote_literal(text));
         format!(
-            "{disable};
-             DELETE FROM pgtandem.held_back WHERE move = {name} AND what = {what};
+            "DELETE FROM pgtandem.held_back WHERE move = {name} AND what = {what};
              INSERT INTO pgtandem.held_back (move, ordinal, what, enable, disable)
              SELECT {name}, COALESCE(max(ordinal), 0) + 1, {what}, {enable}, {statement}
              FROM pgtandem.held_back WHERE move = {name}"
@@ -50,7 +57,8 @@ impl Store {
         self.execute(&format!("BEGIN; {sql}; COMMIT")).await.doing(|| "disabling triggers and rules until the cutover")
     }
 
-    /// Of the triggers and rules that are `known`, the cutover is to bring back these, and no others.
+    /// Of the triggers and rules that are `known`, the cutover is to bring back these, and no others. They are disabled already,
+    /// so that no lock of a table is asked for beside the applier.
     ///
     /// # Errors
     /// The connection's; the target's refusal; class retry if the move is not of this epoch any more.
@@ -64,7 +72,7 @@ impl Store {
                  AND what = ANY (ARRAY[{known}]::text[]);
              {}; {fence}; COMMIT",
                 quote_literal(self.name.as_str()),
-                hold_back_sql(self.name.as_str(), objects)
+                noted_sql(self.name.as_str(), objects)
             ))
             .await;
         done.map_err(only_the_leader).doing(|| "holding back the triggers and rules as they are on the source")
