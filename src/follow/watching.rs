@@ -11,8 +11,7 @@ use super::Follow;
 use super::ddl::Moved;
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::catalog::{ABOVE, IS_USER_TABLE, above};
-use crate::postgres::lsn::InvalidLsn;
+use crate::postgres::catalog::{self, ABOVE, IS_USER_TABLE, above};
 use crate::postgres::{Lsn, QualifiedName, Session};
 
 const EVERY: Duration = Duration::from_secs(2);
@@ -53,7 +52,7 @@ pub(super) async fn watch(follow: &Follow<'_>, moved: &Moved) -> Result<Infallib
                 Some(session) => session,
                 empty => empty.insert(follow.source.connect("watch").await?),
             };
-            head = end_of_log(session).await?;
+            head = catalog::end_of_log(&**session).await?;
             look(session, follow.config, follow.publications, &known).await
         };
         match looked.await {
@@ -73,14 +72,6 @@ pub(super) async fn watch(follow: &Follow<'_>, moved: &Moved) -> Result<Infallib
             Err(error) => return Err(error),
         }
     }
-}
-
-async fn end_of_log(session: &Session) -> Result<Lsn> {
-    let row = session
-        .query_one("SELECT pg_catalog.pg_current_wal_lsn()::text", &[])
-        .await
-        .doing(|| "asking for the end of the source's log")?;
-    row.try_get::<_, &str>(0)?.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))
 }
 
 async fn look(

@@ -5,8 +5,9 @@
 use std::collections::HashMap;
 
 use crate::config::Scope;
-use crate::error::{Doing, Result};
-use crate::postgres::QualifiedName;
+use crate::error::{Doing, Error, Result};
+use crate::postgres::lsn::InvalidLsn;
+use crate::postgres::{Lsn, QualifiedName};
 
 /// What identifies an old row in the stream, `pg_class.relreplident` resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -241,6 +242,18 @@ fn table(row: &tokio_postgres::Row) -> Result<Table> {
         heap_bytes: u64::try_from(row.try_get::<_, i64>(12)?).unwrap_or(0),
         bytes: u64::try_from(row.try_get::<_, i64>(13)?).unwrap_or(0),
     })
+}
+
+/// Where the log of a server ends that is no standby.
+///
+/// # Errors
+/// The connection's.
+pub async fn end_of_log(client: &impl tokio_postgres::GenericClient) -> Result<Lsn> {
+    let row = client
+        .query_one("SELECT pg_catalog.pg_current_wal_lsn()::text", &[])
+        .await
+        .doing(|| "asking for the end of the log")?;
+    row.try_get::<_, &str>(0)?.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))
 }
 
 /// A sequence and where it stands.

@@ -73,7 +73,7 @@ pub fn copied_sql(move_name: &str, table: &QualifiedName, cut: Lsn, rows: u64, b
     )
 }
 
-/// The statement that opens a table for being copied in parts, in the transaction that empties it.
+/// The statement that opens a table for being copied: in parts, in the transaction that empties it, or again.
 #[must_use]
 pub fn copying_sql(move_name: &str, table: &QualifiedName) -> String {
     format!(
@@ -116,15 +116,9 @@ impl Store {
     /// # Errors
     /// The connection's; class retry if the move is not of this epoch any more.
     pub async fn copy_again(&self, epoch: i64, tables: &[QualifiedName]) -> Result<()> {
-        let name = quote_literal(self.name.as_str());
         let mut sql = String::from("BEGIN");
         for table in tables {
-            sql.push_str(&format!(
-                "; UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0
-                 WHERE move = {name} AND schema_name = {} AND table_name = {} AND state = 'copied'",
-                quote_literal(&table.schema),
-                quote_literal(&table.name)
-            ));
+            sql.push_str(&format!("; {} AND state = 'copied'", copying_sql(self.name.as_str(), table)));
         }
         sql.push_str(&format!("; {}; COMMIT", fence_sql(self.name.as_str(), epoch)));
         self.execute(&sql).await.map_err(only_the_leader).doing(|| "asking for tables to be copied again")

@@ -224,8 +224,7 @@ impl<'a> Steering<'a> {
     async fn hold_back_as_on_the_source(&self) -> Result<()> {
         let s = self.supervisor;
         let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
-        let (mut objects, known) = hold_back::as_on_the_source(&source, &target).await?;
-        objects.retain(|object| known.contains(&object.what));
+        let (objects, known) = hold_back::as_on_the_source(&source, &target).await?;
         s.store.hold_back_instead(self.epoch, &objects, &known).await
     }
 

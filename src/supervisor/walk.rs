@@ -16,9 +16,8 @@ use crate::follow::ddl::capture::Capture;
 use crate::follow::{Follow, TABLES_TO_COPY, subscription, unkeyed, watching};
 use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
-use crate::postgres::lsn::InvalidLsn;
 use crate::postgres::replication::{Cut, Walsender};
-use crate::postgres::{Lsn, QualifiedName, Session};
+use crate::postgres::{QualifiedName, Session};
 use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
 
@@ -282,9 +281,8 @@ impl<'a> Walk<'a> {
     /// goes on from.
     async fn is_first_copy(&self) -> Result<bool> {
         let s = self.supervisor;
-        let slot = s.record().await?.slot_lsn;
-        let followed =
-            slot.is_some_and(|slot| slot != Lsn::ZERO) && s.store.progress().await?.lsn > slot.unwrap_or_default();
+        let progress = s.store.progress().await?.lsn;
+        let followed = s.record().await?.slot_lsn.is_some_and(|slot| progress > slot);
         Ok(!followed && self.nothing_copied().await?)
     }
 
@@ -349,7 +347,7 @@ impl<'a> Walk<'a> {
             // A worker cannot read what was captured: our stream goes past the last of it. The end of the log is asked each
             // time, for a death may have come between the two.
             self.capture().await?;
-            beyond = beyond.max(head(&s.source.connect("catalog").await?).await?);
+            beyond = beyond.max(catalog::end_of_log(&*s.source.connect("catalog").await?).await?);
         }
         let stop = s.stop.child_token();
         let mut durable = s.durable.subscribe();
@@ -448,7 +446,7 @@ impl<'a> Walk<'a> {
         let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
         self.gone.clear();
         let captured = self.is_captured().await?;
-        let head = head(&source).await?;
+        let head = catalog::end_of_log(&*source).await?;
         let progress = s.store.progress().await?.lsn;
         let target: HashSet<QualifiedName> =
             catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
@@ -568,15 +566,6 @@ impl<'a> Walk<'a> {
         }
         Ok(())
     }
-}
-
-/// Where the source's log ends.
-async fn head(session: &Session) -> Result<Lsn> {
-    let row = session
-        .query_one("SELECT pg_catalog.pg_current_wal_lsn()::text", &[])
-        .await
-        .doing(|| "asking for the end of the source's log")?;
-    row.try_get::<_, &str>(0)?.parse().map_err(|e: InvalidLsn| Error::bug(e.to_string()))
 }
 
 async fn major(session: &Session) -> Result<u32> {

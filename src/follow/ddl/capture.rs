@@ -46,8 +46,13 @@ impl Capture {
         QualifiedName::new("pgtandem", format!("{what}_{}", self.name))
     }
 
+    fn trigger_name(&self, suffix: &str) -> String {
+        format!("pgtandem_{}_{suffix}", self.name)
+    }
+
+    /// Quoted.
     fn trigger(&self, suffix: &str) -> String {
-        quote_identifier(&format!("pgtandem_{}_{suffix}", self.name))
+        quote_identifier(&self.trigger_name(suffix))
     }
 
     /// Makes everything, or makes it anew; false where the role may not.
@@ -71,11 +76,11 @@ impl Capture {
     /// # Errors
     /// The connection's.
     pub async fn is_installed(&self, source: &Session) -> Result<bool> {
-        let names: Vec<String> = EVENTS.iter().map(|(_, suffix)| format!("pgtandem_{}_{suffix}", self.name)).collect();
+        let names = EVENTS.map(|(_, suffix)| self.trigger_name(suffix));
         let row = source
             .query_one(
                 "SELECT count(*) = 3 FROM pg_catalog.pg_event_trigger WHERE evtname = ANY ($1) AND evtenabled = 'A'",
-                &[&names],
+                &[&names.as_slice()],
             )
             .await
             .doing(|| "looking for the capture of schema changes")?;

@@ -10,7 +10,7 @@ use crate::follow::pipeline::Position;
 use crate::postgres::wire::TextRow;
 use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::schema::hold_back;
-use crate::state::{SchemaChange, copied_sql, hold_back_sql};
+use crate::state::{SchemaChange, copied_sql, copying_sql, hold_back_sql};
 
 /// What a statement is refused with when its work is done already: duplicate column, object, schema, table, function, …
 const ALREADY: [&str; 6] = ["42701", "42710", "42P04", "42P06", "42P07", "42723"];
@@ -414,10 +414,7 @@ impl Applier {
     }
 
     async fn copy_again(&mut self, table: &QualifiedName) -> Result<()> {
-        let sql = format!(
-            "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0 WHERE {} RETURNING 1",
-            self.row_of(table)
-        );
+        let sql = copying_sql(self.settings.move_name.as_str(), table) + " RETURNING 1";
         let rows = self.pipeline.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
         if !rows.is_empty() {
             tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
