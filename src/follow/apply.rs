@@ -26,23 +26,25 @@ use std::time::Instant;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::change::{Change, Position, Row};
 use super::ddl::{Moved, SchemaChanges};
-use super::pipeline::{Operation, Pipeline, Position, Purpose, StatementKey};
+use super::executor::{End, Work};
+use super::lane::Lane;
+use super::pipeline::Pipeline;
 use super::queue::Receiver;
 use super::reader::Delivery;
-use super::relation::{Finder, Plan, TargetTable, mending, target_table, target_table_query, type_names_query};
-use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
-use crate::config::MissingRow;
+use super::relation::{Plan, TargetTable, mending, target_table, target_table_query, type_names_query};
+use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings, TABLES_TO_COPY};
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
-use crate::postgres::{Lsn, QualifiedName, quote_literal};
+use crate::postgres::pgoutput::{Message, Relation, Value};
+use crate::postgres::{Lsn, QualifiedName};
 use crate::state::Store;
 use crate::telemetry::{BatchApplied, Telemetry};
 
 /// See the module's first lines.
 pub(super) struct Applier {
     pub settings: Settings,
-    pub pipeline: Pipeline,
+    pub lane: Lane,
     /// To say what became of a schema change whose batch is given up.
     pub store: Store,
     pub schema: SchemaChanges,
@@ -63,47 +65,67 @@ pub(super) struct Applier {
     /// The newest position known to hold nothing to apply, not yet written down.
     pub idle: Option<Lsn>,
     pub idle_written: Instant,
+    pub stop: CancellationToken,
 }
 
-/// The open target transaction.
+/// What is collected for the target, in the order of the stream: whole source transactions, then a part of the one that is open.
 pub(super) struct Batch {
-    started: Instant,
+    since: Instant,
+    changes: Vec<Change>,
     bytes: u64,
+    /// The target transaction is open, with what came before.
+    begun: bool,
+    whole: Option<Whole>,
+    /// Of the open source transaction.
     applied: BatchApplied,
-    /// Where progress will be, and the commit time that goes with it.
-    end: Lsn,
-    commit_micros: Option<i64>,
-    /// The marker that is part of it.
-    marker: Option<u64>,
+}
+
+/// The whole source transactions of a batch.
+struct Whole {
+    end: End,
+    /// How many of the changes are theirs, and of the bytes.
+    changes: usize,
+    bytes: u64,
+}
+
+impl Batch {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            changes: Vec::new(),
+            bytes: 0,
+            begun: false,
+            whole: None,
+            applied: BatchApplied::default(),
+        }
+    }
 }
 
 impl Applier {
     /// Applies until the reader ends or `stop`; complete transactions are committed, a half one is left to the next
     /// start.
-    pub(super) async fn run(mut self, stop: CancellationToken) -> Result<()> {
+    ///
+    /// While the target works on one batch, the next one is collected. It is handed over once the target is free, and
+    /// nothing more waits or the batch is old or large enough. So with little to do each transaction goes at once, and the
+    /// more there is to do, the more goes together.
+    pub(super) async fn run(mut self) -> Result<()> {
         loop {
-            if self.transaction.is_none() && self.queue.is_empty() {
-                self.commit().await?;
-            } else if self.queue.is_empty() {
-                // The rest of the transaction is on its way; let the target work meanwhile.
-                self.pipeline.send().await?;
+            if self.lane.is_free() && self.is_due() && self.may_begin() {
+                self.hand_over()?;
             }
-            let idle_due = self.idle.map(|_| self.idle_written + IDLE_PROGRESS_EVERY);
+            let idle_due = self.idle.filter(|_| self.is_between()).map(|_| self.idle_written + IDLE_PROGRESS_EVERY);
+            let has_room = self.batch.as_ref().is_none_or(|batch| batch.bytes < self.settings.batch_max_bytes);
+            let whole = self.batch.as_ref().filter(|batch| batch.whole.is_some() && self.lane.is_free());
+            let old = whole.filter(|_| self.may_begin()).map(|batch| batch.since + self.settings.batch_max_delay);
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return self.finish().await,
-                received = self.queue.receive() => match received {
+                () = self.stop.cancelled() => return self.finish().await,
+                finished = self.lane.finished() => self.finished(finished?)?,
+                received = self.queue.receive(), if has_room => match received {
                     Some((chunk, weight)) => {
                         for delivery in chunk {
                             if self.is_the_end(&delivery) {
                                 return self.finish().await;
-                            }
-                            if self.is_between() && !self.gate.is_open() {
-                                tokio::select! {
-                                    biased;
-                                    () = stop.cancelled() => return Ok(()),
-                                    () = self.gate.pass() => {}
-                                }
                             }
                             self.deliver(delivery).await?;
                         }
@@ -111,7 +133,9 @@ impl Applier {
                     }
                     None => return self.finish().await,
                 },
-                () = wait_until(idle_due) => self.write_idle().await?,
+                () = self.gate.pass(), if !self.gate.is_open() => {}
+                () = wait_until(old) => {}
+                () = wait_until(idle_due) => self.write_idle()?,
             }
         }
     }
@@ -127,12 +151,107 @@ impl Applier {
 
     /// Nothing is open on the target, and nothing has begun that would open it.
     fn is_between(&self) -> bool {
-        self.transaction.is_none() && self.batch.is_none()
+        self.transaction.is_none() && self.batch.is_none() && self.lane.is_free()
     }
 
+    /// While the gate is closed nothing is begun on the target; what was begun is finished.
+    fn may_begin(&self) -> bool {
+        self.gate.is_open() || self.batch.as_ref().is_some_and(|batch| batch.begun)
+    }
+
+    /// Whether what was collected shall go to the target now.
+    fn is_due(&self) -> bool {
+        self.batch.as_ref().is_some_and(|batch| {
+            batch.bytes >= self.settings.batch_max_bytes
+                || batch.whole.is_some()
+                    && (self.queue.is_empty() || batch.since.elapsed() >= self.settings.batch_max_delay)
+        })
+    }
+
+    /// Whole transactions are committed. Half a transaction is rolled back by the end of the connection.
     async fn finish(mut self) -> Result<()> {
-        // A batch with a half transaction at its end is rolled back whole by the end of the connection.
-        if self.transaction.is_none() { self.commit().await } else { Ok(()) }
+        self.free().await?;
+        if self.batch.as_ref().is_some_and(|batch| batch.whole.is_some()) && self.may_begin() {
+            self.hand_over()?;
+            self.free().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the target has done what it was given.
+    async fn free(&mut self) -> Result<()> {
+        while !self.lane.is_free() {
+            let finished = self.lane.finished().await?;
+            self.finished(finished)?;
+        }
+        Ok(())
+    }
+
+    /// The target is done with what it was given.
+    fn finished(&mut self, end: Option<End>) -> Result<()> {
+        let Some(End { lsn, commit_micros, marker, applied }) = end else { return Ok(()) };
+        if applied.transactions > 0 {
+            self.telemetry.batch(applied);
+        }
+        self.durable.send_modify(|durable| {
+            durable.lsn = lsn;
+            durable.commit_micros = commit_micros.or(durable.commit_micros);
+            durable.marker = marker.or(durable.marker);
+        });
+        self.telemetry.applied(lsn, commit_micros);
+        if let Some(micros) = commit_micros {
+            self.telemetry.arrived(micros);
+        }
+        // Whoever follows up to a point copies them there.
+        if self.schema.committed() && self.settings.until.is_none() { Err(tables_to_copy()) } else { Ok(()) }
+    }
+
+    /// Gives what was collected to the target, which must be free: the whole transactions, to be committed; or, if there is none, a
+    /// part of the open one, which is too large to be collected whole.
+    fn hand_over(&mut self) -> Result<()> {
+        let Some(mut batch) = self.batch.take() else { return Ok(()) };
+        let Some(whole) = batch.whole.take() else {
+            let changes = std::mem::take(&mut batch.changes);
+            self.batch = Some(Batch { begun: true, bytes: 0, ..batch });
+            return self.lane.start(Work { changes, end: None });
+        };
+        let rest = batch.changes.split_off(whole.changes);
+        if self.transaction.is_some() {
+            let bytes = batch.bytes - whole.bytes;
+            self.batch = Some(Batch { changes: rest, bytes, applied: batch.applied, ..Batch::new() });
+        }
+        self.lane.start(Work { changes: batch.changes, end: Some(whole.end) })
+    }
+
+    /// Brings the target to where the stream stands, inside the open source transaction.
+    async fn settle(&mut self) -> Result<()> {
+        while self.batch.as_ref().is_some_and(|batch| batch.whole.is_some() || !batch.changes.is_empty()) {
+            self.free().await?;
+            self.pass_the_gate().await;
+            self.hand_over()?;
+        }
+        self.free().await
+    }
+
+    /// Before a target transaction is opened. A stop ends the wait with all else.
+    async fn pass_the_gate(&self) {
+        if !self.may_begin() {
+            self.gate.pass().await;
+        }
+    }
+
+    /// Opens a target transaction for the open source transaction, with all that came before.
+    pub(super) async fn open_batch(&mut self) -> Result<()> {
+        self.settle().await?;
+        self.pass_the_gate().await;
+        self.lane.executor()?.begin().await?;
+        self.batch.get_or_insert_with(Batch::new).begun = true;
+        Ok(())
+    }
+
+    /// The connection to the target, for whoever settled before.
+    pub(super) fn pipeline(&mut self) -> Result<&mut Pipeline> {
+        Ok(&mut self.lane.executor()?.pipeline)
     }
 
     async fn deliver(&mut self, delivery: Delivery) -> Result<()> {
@@ -166,11 +285,28 @@ impl Applier {
                 let Some(Value::Text(text)) = new.values().next() else {
                     return Err(Error::bug("a captured schema change holds no text"));
                 };
+                // The rows before it are on the target before it runs.
+                self.settle().await?;
                 return self.schema_change(text).await;
             }
-            Message::Insert { relation, new } => return self.insert(relation, &new).await,
-            Message::Update { relation, old, new } => return self.update(relation, old.as_ref(), &new).await,
-            Message::Delete { relation, old } => return self.delete(relation, &old).await,
+            Message::Insert { relation, new } => {
+                if let Some((plan, at)) = self.plan(relation).await? {
+                    let change = Change::insert(plan, at, new)?;
+                    self.collect(change, |applied| applied.inserts += 1);
+                }
+            }
+            Message::Update { relation, old, new } => {
+                if let Some((plan, at)) = self.plan(relation).await? {
+                    let change = Change::update(plan, at, old, new)?;
+                    self.collect(change, |applied| applied.updates += 1);
+                }
+            }
+            Message::Delete { relation, old } => {
+                if let Some((plan, at)) = self.plan(relation).await? {
+                    let change = Change::delete(plan, at, old)?;
+                    self.collect(change, |applied| applied.deletes += 1);
+                }
+            }
             Message::Truncate { relations, restart_identity, .. } => {
                 return self.truncate(&relations, restart_identity).await;
             }
@@ -193,22 +329,28 @@ impl Applier {
         Ok(())
     }
 
-    async fn end_transaction(&mut self, end: Lsn, commit_micros: i64) -> Result<()> {
+    async fn end_transaction(&mut self, lsn: Lsn, commit_micros: i64) -> Result<()> {
         let ended = self.transaction.take().ok_or_else(|| out_of_place("COMMIT"))?;
         let marker = self.marker.is_expected(ended.xid);
         // Also a transaction without changes moves progress: it may be the marker.
-        self.open_batch().await?;
-        let Some(batch) = &mut self.batch else { return Err(Error::bug("a batch was opened and is not there")) };
-        batch.applied.transactions += 1;
-        batch.end = end;
-        batch.commit_micros = Some(commit_micros);
-        batch.marker = marker.or(batch.marker);
-        let full = ended.commit_lsn <= self.settings.one_by_one
-            || batch.bytes >= self.settings.batch_max_bytes
-            || batch.started.elapsed() >= self.settings.batch_max_delay
-            || batch.marker.is_some()
-            || self.schema.end_the_batch();
-        if full { self.commit().await } else { Ok(()) }
+        let batch = self.batch.get_or_insert_with(Batch::new);
+        let mut applied = std::mem::take(&mut batch.applied);
+        applied.transactions = 1;
+        let earlier = batch.whole.take().map(|whole| whole.end);
+        if let Some(earlier) = earlier {
+            applied.add(&earlier.applied);
+        }
+        let marker = marker.or(earlier.and_then(|earlier| earlier.marker));
+        let end = End { lsn, commit_micros: Some(commit_micros), marker, applied };
+        batch.whole = Some(Whole { end, changes: batch.changes.len(), bytes: batch.bytes });
+        let schema_changed = self.schema.end_the_batch();
+        if marker.is_some() || schema_changed || ended.commit_lsn <= self.settings.one_by_one {
+            self.free().await?;
+            self.pass_the_gate().await;
+            self.hand_over()?;
+        }
+        // What comes next may need the tables that it says are to be copied.
+        if schema_changed { self.free().await } else { Ok(()) }
     }
 
     /// The source announces a shape. Whether the target has it is asked when a row needs it: a table whose changes are all
@@ -224,7 +366,7 @@ impl Applier {
     }
 
     /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
-    async fn change(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
+    async fn plan(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
         let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
         let Some((relation, plan)) = self.relations.get(&oid) else {
             return Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe")));
@@ -235,91 +377,34 @@ impl Applier {
         if let Some(plan) = plan {
             return Ok(Some((Arc::clone(plan), at)));
         }
-        let query = target_table_query(&relation.name);
-        let rows = self.pipeline.query(&query).await;
-        let rows = rows.doing(|| format!("reading the shape of table {} on the target", relation.name.plain()))?;
+        let (name, query) = (relation.name.clone(), target_table_query(&relation.name));
+        self.free().await?;
+        let rows = self.pipeline()?.query(&query).await;
+        let rows = rows.doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
         let target = target_table(&rows)?;
         self.generations += 1;
-        let plan = match Plan::new(relation, target.as_ref(), &self.types, self.generations) {
-            Ok(plan) => Arc::new(plan),
-            Err(error) => return Err(self.with_what_mends(error, oid, target.as_ref()).await),
+        let Some((relation, planned)) = self.relations.get_mut(&oid) else {
+            return Err(Error::bug(format!("relation {oid} was forgotten")));
         };
-        if let Some((_, planned)) = self.relations.get_mut(&oid) {
-            *planned = Some(Arc::clone(&plan));
+        match Plan::new(relation, target.as_ref(), &self.types, self.generations) {
+            Ok(plan) => Ok(Some((Arc::clone(planned.insert(Arc::new(plan))), at))),
+            Err(error) => Err(self.with_what_mends(error, oid, target.as_ref()).await),
         }
-        Ok(Some((plan, at)))
     }
 
     /// The error with the statement that would give the target the shape of the source.
     async fn with_what_mends(&mut self, error: Error, oid: u32, target: Option<&TargetTable>) -> Error {
         let (Some((relation, _)), Some(target)) = (self.relations.get(&oid), target) else { return error };
-        let query = type_names_query(relation, &self.types);
-        let Ok(rows) = self.pipeline.query(&query).await else { return error };
+        let (relation, query) = (relation.clone(), type_names_query(relation, &self.types));
+        let Ok(pipeline) = self.pipeline() else { return error };
+        let Ok(rows) = pipeline.query(&query).await else { return error };
         let names: Vec<String> = rows.into_iter().flatten().flatten().collect();
-        let statement = mending(relation, target, &self.types, &names);
+        let statement = mending(&relation, target, &self.types, &names);
         error.hint(format!(
             "run on the target: {statement} (a renamed column is RENAME COLUMN instead; if old rows got other values: \
              `pgtandem resync {}`). Nothing of the change was applied",
             relation.name.plain()
         ))
-    }
-
-    async fn insert(&mut self, relation: u32, new: &Tuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
-        check_width(&plan, new)?;
-        let mut values = Vec::with_capacity(new.len());
-        for (column, value) in new.values().enumerate() {
-            if plan.is_written(column) {
-                values.push(text(value, &plan)?);
-            }
-        }
-        self.open_batch().await?;
-        self.count(new.bytes(), |applied| applied.inserts += 1);
-        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Insert, mask: Vec::new() };
-        let sql = Arc::clone(&plan);
-        let purpose = Purpose::Row { operation: Operation::Insert, plan, at };
-        self.pipeline.execute(key, move || sql.insert(), values.into_iter(), purpose).await
-    }
-
-    async fn update(&mut self, relation: u32, old: Option<&OldTuple>, new: &Tuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
-        check_width(&plan, new)?;
-        let mut values = Vec::with_capacity(new.len() + 2);
-        let mut set = Vec::with_capacity(new.len());
-        // True where the statement differs from the plain one: a column that it leaves alone.
-        let mut mask = Vec::new();
-        for (column, value) in new.values().enumerate() {
-            if value == Value::Unchanged {
-                mask.resize(new.len(), false);
-                mark(&mut mask, column);
-            } else if plan.is_written(column) {
-                set.push(column);
-                values.push(text(value, &plan)?);
-            }
-        }
-        let before = old.map_or(new, OldTuple::tuple);
-        let nulls = find(&plan, before, &mut values)?;
-        self.open_batch().await?;
-        self.count(new.bytes(), |applied| applied.updates += 1);
-        mask.extend_from_slice(&nulls);
-        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Update, mask };
-        let sql = Arc::clone(&plan);
-        let purpose = Purpose::Row { operation: Operation::Update, plan, at };
-        self.pipeline.execute(key, move || sql.update(&set, &nulls), values.into_iter(), purpose).await
-    }
-
-    async fn delete(&mut self, relation: u32, old: &OldTuple) -> Result<()> {
-        let Some((plan, at)) = self.change(relation).await? else { return Ok(()) };
-        let old = old.tuple();
-        check_width(&plan, old)?;
-        let mut values = Vec::with_capacity(old.len());
-        let nulls = find(&plan, old, &mut values)?;
-        self.open_batch().await?;
-        self.count(old.bytes(), |applied| applied.deletes += 1);
-        let key = StatementKey::Row { generation: plan.generation, operation: Operation::Delete, mask: nulls.clone() };
-        let sql = Arc::clone(&plan);
-        let purpose = Purpose::Row { operation: Operation::Delete, plan, at };
-        self.pipeline.execute(key, move || sql.delete(&nulls), values.into_iter(), purpose).await
     }
 
     /// The source lists every table that the statement emptied, also those that CASCADE reached, so the target must
@@ -328,7 +413,7 @@ impl Applier {
         let mut plans = Vec::with_capacity(relations.len());
         let mut at = None;
         for &relation in relations {
-            if let Some((plan, position)) = self.change(relation).await? {
+            if let Some((plan, position)) = self.plan(relation).await? {
                 at = Some(position);
                 plans.push(plan);
             }
@@ -337,233 +422,32 @@ impl Applier {
         let names: Vec<String> = plans.iter().map(|plan| plan.truncated()).collect();
         let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
         let sql = format!("TRUNCATE {}{restart}", names.join(", "));
-        self.open_batch().await?;
-        self.count(0, |applied| applied.truncates += 1);
-        // Prepared under a generation of its own: the list of tables differs each time.
-        self.generations += 1;
-        let key = StatementKey::Row { generation: self.generations, operation: Operation::Truncate, mask: Vec::new() };
-        let purpose = Purpose::Row { operation: Operation::Truncate, plan: first, at };
-        self.pipeline.execute(key, move || sql, std::iter::empty(), purpose).await
+        self.collect(Change { plan: first, at, row: Row::Truncate(sql.into()) }, |applied| applied.truncates += 1);
+        Ok(())
     }
 
-    pub(super) async fn open_batch(&mut self) -> Result<()> {
-        if self.batch.is_some() {
-            return Ok(());
-        }
-        self.batch = Some(Batch {
-            started: Instant::now(),
-            bytes: 0,
-            applied: BatchApplied::default(),
-            end: Lsn::ZERO,
-            commit_micros: None,
-            marker: None,
-        });
-        let begin = StatementKey::Own("BEGIN");
-        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await?;
-        // Within a transaction of the source a deferrable constraint may have been broken for a while.
-        let defer = "SET CONSTRAINTS ALL DEFERRED";
-        self.pipeline
-            .execute(StatementKey::Own(defer), || defer.to_owned(), std::iter::empty(), Purpose::Own(defer))
-            .await
-    }
-
-    fn count(&mut self, bytes: usize, what: impl FnOnce(&mut BatchApplied)) {
-        if let Some(batch) = &mut self.batch {
-            batch.bytes += bytes as u64;
-            what(&mut batch.applied);
-        }
-    }
-
-    /// Commits what is complete, together with progress.
-    async fn commit(&mut self) -> Result<()> {
-        let Some(mut batch) = self.batch.take() else { return Ok(()) };
-        self.advance(batch.end, batch.commit_micros, batch.applied).await?;
-        self.pipeline.commit().await?;
-        batch.applied.duration = batch.started.elapsed();
-        self.telemetry.batch(batch.applied);
-        self.publish(batch.end, batch.commit_micros, batch.marker);
-        // Whoever follows up to a point copies them there.
-        if self.schema.committed() && self.settings.until.is_none() { Err(tables_to_copy()) } else { Ok(()) }
+    fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
+        let batch = self.batch.get_or_insert_with(Batch::new);
+        batch.bytes += change.bytes() as u64;
+        batch.changes.push(change);
+        count(&mut batch.applied);
     }
 
     /// Nothing happened on the source that concerns us, but its log went on: say so durably, then confirm.
-    async fn write_idle(&mut self) -> Result<()> {
+    fn write_idle(&mut self) -> Result<()> {
         self.idle_written = Instant::now();
         let Some(lsn) = self.idle.take() else { return Ok(()) };
         if !self.is_between() || !self.gate.is_open() || lsn <= self.durable.borrow().lsn {
             return Ok(());
         }
-        let begin = StatementKey::Own("BEGIN");
-        self.pipeline.execute(begin, || "BEGIN".to_owned(), std::iter::empty(), Purpose::Own("BEGIN")).await?;
-        self.advance(lsn, None, BatchApplied::default()).await?;
-        self.pipeline.commit().await?;
-        self.publish(lsn, None, None);
-        Ok(())
+        let end = End { lsn, commit_micros: None, marker: None, applied: BatchApplied::default() };
+        self.lane.start(Work { changes: Vec::new(), end: Some(end) })
     }
-
-    /// Writes progress as the last statement of the batch, after all others were answered.
-    async fn advance(&mut self, lsn: Lsn, commit_micros: Option<i64>, applied: BatchApplied) -> Result<()> {
-        self.pipeline.settle().await?;
-        if self.pipeline.has_missing() {
-            self.missing_rows().await?;
-        }
-        let changes = applied.inserts + applied.updates + applied.deletes + applied.truncates;
-        let values = [
-            self.settings.move_name.as_str().to_owned(),
-            self.settings.epoch.to_string(),
-            lsn.to_string(),
-            commit_micros.map(|micros| micros.to_string()).unwrap_or_default(),
-            applied.transactions.to_string(),
-            changes.to_string(),
-        ];
-        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
-        self.pipeline
-            .execute(StatementKey::Own("progress"), || PROGRESS.to_owned(), values, Purpose::Own("progress"))
-            .await?;
-        self.pipeline.settle().await?;
-        if self.pipeline.own_count() == 1 {
-            return Ok(());
-        }
-        Err(Error::new(
-            Class::Retry,
-            "leadership_lost",
-            format!("progress could not be advanced to {lsn}: another daemon took this move, or progress is beyond"),
-        ))
-    }
-
-    async fn missing_rows(&mut self) -> Result<()> {
-        let missing = self.pipeline.take_missing();
-        if self.settings.missing_row == MissingRow::Stop
-            && let Some(first) = missing.first()
-        {
-            return Err(Error::new(
-                Class::Operator,
-                "row_missing",
-                format!(
-                    "{} of transaction {} (committed at {}) found no row in table {} on the target",
-                    first.operation.as_str(),
-                    first.at.xid,
-                    first.at.commit_lsn,
-                    first.table.plain()
-                ),
-            )
-            .hint(
-                format!(
-                    "someone else changed the target, or the sides differed before; nothing of the batch was applied. \
-                     Find the cause, then `pgtandem resync {}` and start again; or set follow.missing_row = \"record\" to go on",
-                    first.table.plain()
-                ),
-            ));
-        }
-        for row in missing {
-            let sql = format!(
-                "INSERT INTO pgtandem.missing_row (move, table_name, operation, lsn, xid) VALUES ({}, {}, '{}', '{}', {})",
-                quote_literal(self.settings.move_name.as_str()),
-                quote_literal(&row.table.plain()),
-                row.operation.as_str(),
-                row.at.commit_lsn,
-                row.at.xid
-            );
-            self.generations += 1;
-            let key =
-                StatementKey::Row { generation: self.generations, operation: Operation::Insert, mask: Vec::new() };
-            self.pipeline.execute(key, move || sql, std::iter::empty(), Purpose::Own("missing row")).await?;
-            self.telemetry.missing_row(&row.table);
-        }
-        Ok(())
-    }
-
-    fn publish(&self, lsn: Lsn, commit_micros: Option<i64>, marker: Option<u64>) {
-        self.durable.send_modify(|durable| {
-            durable.lsn = lsn;
-            durable.commit_micros = commit_micros.or(durable.commit_micros);
-            durable.marker = marker.or(durable.marker);
-        });
-        self.telemetry.applied(lsn, commit_micros);
-        if let Some(micros) = commit_micros {
-            self.telemetry.arrived(micros);
-        }
-    }
-}
-
-/// `$1` move, `$2` epoch, `$3` LSN, `$4` commit time in microseconds since 1970 or NULL, `$5` transactions, `$6` changes.
-const PROGRESS: &str = "\
-    UPDATE pgtandem.progress
-    SET lsn = $3,
-        commit_time = COALESCE(timestamptz 'epoch' + $4::int8 * interval '1 microsecond', commit_time),
-        transactions = transactions + $5::int8,
-        changes = changes + $6::int8
-    WHERE move = $1 AND epoch = $2::int8 AND lsn <= $3::pg_lsn";
-
-/// Appends the values that find the row; tells which columns are NULL, for [`Finder::WholeRow`].
-fn find<'t>(plan: &Plan, before: &'t Tuple, values: &mut Vec<Option<&'t [u8]>>) -> Result<Vec<bool>> {
-    match &plan.finder {
-        Finder::Key(key) => {
-            let row: Vec<Value<'t>> = before.values().collect();
-            for &at in key {
-                let value = row.get(at).copied().unwrap_or(Value::Null);
-                let value = text(value, plan)?.ok_or_else(|| {
-                    Error::bug(format!("the key of a row of table {} is NULL in the stream", plan.name.plain()))
-                })?;
-                values.push(Some(value));
-            }
-            Ok(Vec::new())
-        }
-        Finder::WholeRow => {
-            let mut nulls = Vec::with_capacity(before.len());
-            for value in before.values() {
-                let value = text(value, plan)?;
-                nulls.push(value.is_none());
-                if value.is_some() {
-                    values.push(value);
-                }
-            }
-            Ok(nulls)
-        }
-        Finder::Nothing => Err(Error::new(
-            Class::Operator,
-            "no_replica_identity",
-            format!(
-                "the source sent an update or delete of table {}, which has no replica identity",
-                plan.name.plain()
-            ),
-        )
-        .hint("set REPLICA IDENTITY FULL on the table and copy it again")),
-    }
-}
-
-fn text<'t>(value: Value<'t>, plan: &Plan) -> Result<Option<&'t [u8]>> {
-    match value {
-        Value::Null => Ok(None),
-        Value::Text(bytes) => Ok(Some(bytes)),
-        Value::Unchanged | Value::Binary(_) => Err(Error::bug(format!(
-            "the stream leaves out a value of table {} that is needed, or sends it in binary",
-            plan.name.plain()
-        ))),
-    }
-}
-
-fn mark(mask: &mut [bool], at: usize) {
-    if let Some(flag) = mask.get_mut(at) {
-        *flag = true;
-    }
-}
-
-fn check_width(plan: &Plan, tuple: &Tuple) -> Result<()> {
-    if tuple.len() == plan.width() {
-        return Ok(());
-    }
-    Err(Error::bug(format!(
-        "a row of table {} has {} values where the stream announced {}",
-        plan.name.plain(),
-        tuple.len(),
-        plan.width()
-    )))
 }
 
 /// Following ends for a while: tables are to be copied, as the state says.
 fn tables_to_copy() -> Error {
-    Error::new(Class::Retry, "tables_to_copy", "tables are to be copied again after a schema change")
+    Error::new(Class::Retry, TABLES_TO_COPY, "tables are to be copied again after a schema change")
 }
 
 fn out_of_place(what: &str) -> Error {

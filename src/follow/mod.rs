@@ -10,14 +10,20 @@
 //! then at what the stream does not tell ([`watching`]).
 
 mod apply;
+mod change;
 pub mod ddl;
+mod executor;
 mod gate;
+mod lane;
 pub mod lookout;
 mod marker;
+mod net;
 mod pipeline;
 mod queue;
 mod reader;
 mod relation;
+mod row;
+mod sets;
 mod slot;
 pub mod subscription;
 pub mod unkeyed;
@@ -34,7 +40,7 @@ use self::ddl::{Moved, SchemaChanges};
 pub use self::gate::Gate;
 pub use self::marker::{Marker, MarkerWatch};
 use self::slot::Slot;
-use crate::config::{Config, Ddl, MissingRow, MoveName, Scope};
+use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
@@ -66,10 +72,8 @@ pub struct Durable {
 #[derive(Clone, Debug)]
 struct Settings {
     move_name: MoveName,
-    epoch: i64,
     batch_max_delay: Duration,
     batch_max_bytes: u64,
-    missing_row: MissingRow,
     /// Up to this commit each source transaction is a batch of its own.
     one_by_one: Lsn,
     /// Nothing that committed here or later is applied.
@@ -148,13 +152,13 @@ impl Follow<'_> {
         let Ends { reader, applier, backend, moved } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
-            ends = self.begin(one_by_one, reached) => ends?,
+            ends = self.begin(stop, one_by_one, reached) => ends?,
         };
         // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
         // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
-        let (reader_stop, applier_stop) = (CancellationToken::new(), stop.child_token());
+        let (reader_stop, applier_stop) = (CancellationToken::new(), applier.stop.clone());
         let mut reading = tokio::spawn(reader.run(reader_stop.clone()));
-        let mut applying = Box::pin(applier.run(applier_stop.clone()));
+        let mut applying = Box::pin(applier.run());
         let mut watching = std::pin::pin!(watching::watch(self, &moved));
         let mut noticed = None;
         let applied = loop {
@@ -201,7 +205,7 @@ impl Follow<'_> {
     }
 
     /// Opens what both ends need, from durable progress on.
-    async fn begin(&self, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
+    async fn begin(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
         let slot = Slot::new(self.source, &self.config.name);
         let progress = self.store.progress().await?;
         let version = slot.check(progress.lsn).await?;
@@ -216,7 +220,14 @@ impl Follow<'_> {
         drop(catalog);
         let wire = self.apply_connection().await?;
         let backend = wire.process_id();
-        let pipeline = pipeline::Pipeline::new(wire);
+        let lane = lane::Lane::new(executor::Executor {
+            pipeline: pipeline::Pipeline::new(wire),
+            move_name: self.config.name.clone(),
+            epoch: self.epoch,
+            missing_row: self.config.follow.missing_row,
+            telemetry: self.telemetry.clone(),
+            open: None,
+        });
         let tables = self.store.tables().await?;
         let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
         let moved = Moved::new(moved.collect());
@@ -226,10 +237,8 @@ impl Follow<'_> {
         let applier = apply::Applier {
             settings: Settings {
                 move_name: self.config.name.clone(),
-                epoch: self.epoch,
                 batch_max_delay: self.config.follow.batch_max_delay,
                 batch_max_bytes: self.config.follow.batch_max_bytes,
-                missing_row: self.config.follow.missing_row,
                 one_by_one,
                 until: self.until,
                 cuts: apply::cuts(&tables, self.until)?,
@@ -237,7 +246,7 @@ impl Follow<'_> {
                 scope: self.config.scope.clone(),
                 capture: Capture::of(&self.config.name).table(),
             },
-            pipeline,
+            lane,
             store: self.store.clone(),
             schema: SchemaChanges::default(),
             moved: moved.clone(),
@@ -254,6 +263,7 @@ impl Follow<'_> {
             batch: None,
             idle: None,
             idle_written: Instant::now(),
+            stop: stop.child_token(),
         };
         Ok(Ends { reader, applier, backend, moved })
     }

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use bytes::{BufMut, BytesMut};
 use postgres_protocol::message::{backend, frontend};
 
+use super::change::{Change, Missing, Operation, Position};
 use super::relation::Plan;
 use crate::error::{Class, Error, Result};
 use crate::postgres::wire::{self, TextRow, Wire};
-use crate::postgres::{Lsn, QualifiedName};
 
 /// Statements are sent once they make up this much, in bytes.
 const CHUNK: usize = 64 * 1024;
@@ -25,8 +25,16 @@ const PREPARED: usize = 2000;
 pub(super) enum Purpose {
     /// One row of a table.
     Row { operation: Operation, plan: Arc<Plan>, at: Position },
+    /// So many rows of a table.
+    Set { set: Set, plan: Arc<Plan>, rows: u64 },
     /// Our own: BEGIN, progress.
     Own(&'static str),
+}
+
+impl Purpose {
+    pub(super) fn row(change: &Change) -> Self {
+        Self::Row { operation: change.operation(), plan: Arc::clone(&change.plan), at: change.at }
+    }
 }
 
 /// Which prepared statement.
@@ -34,43 +42,32 @@ pub(super) enum Purpose {
 pub(super) enum StatementKey {
     /// A change of a row: the shape of the relation, and which columns the statement leaves out or finds NULL.
     Row { generation: u64, operation: Operation, mask: Vec<bool> },
+    /// Changes of many rows: the shape of the relation, and the columns that the statement sets.
+    Set { generation: u64, set: Set, columns: Vec<usize> },
+    /// By its text.
+    Text(Arc<str>),
     /// Our own.
     Own(&'static str),
 }
 
-/// What happens to a row.
+/// Which statement for many rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Operation {
-    Insert,
-    Update,
+pub(super) enum Set {
     Delete,
-    Truncate,
+    Update,
+    DeleteAlike,
+    UpdateAlike,
+    Copy,
 }
 
-impl Operation {
-    pub(super) const fn as_str(self) -> &'static str {
+impl Set {
+    const fn as_str(self) -> &'static str {
         match self {
-            Self::Insert => "INSERT",
-            Self::Update => "UPDATE",
-            Self::Delete => "DELETE",
-            Self::Truncate => "TRUNCATE",
+            Self::Delete | Self::DeleteAlike => "deletes",
+            Self::Update | Self::UpdateAlike => "updates",
+            Self::Copy => "inserts",
         }
     }
-}
-
-/// Which source transaction a change belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Position {
-    pub commit_lsn: Lsn,
-    pub xid: u32,
-}
-
-/// A row that an UPDATE or DELETE did not find.
-#[derive(Clone, Debug)]
-pub(super) struct Missing {
-    pub table: QualifiedName,
-    pub operation: Operation,
-    pub at: Position,
 }
 
 /// See the module's first lines.
@@ -86,6 +83,21 @@ pub(super) struct Pipeline {
     missing: Vec<Missing>,
     /// The count of the last answer to one of our own statements.
     own_count: u64,
+    /// A statement for a set that found another number of rows than it should.
+    mismatch: Option<Mismatch>,
+    /// The table whose statement the server refused last.
+    refused: Option<Arc<Plan>>,
+    /// Where the COPY data begins that is being written, in the outbound buffer.
+    copying: usize,
+}
+
+/// See [`Pipeline::take_mismatch`].
+#[derive(Debug)]
+pub(super) struct Mismatch {
+    pub plan: Arc<Plan>,
+    pub what: &'static str,
+    pub expected: u64,
+    pub found: u64,
 }
 
 impl Pipeline {
@@ -99,6 +111,9 @@ impl Pipeline {
             next_statement: 0,
             missing: Vec::new(),
             own_count: 0,
+            mismatch: None,
+            refused: None,
+            copying: 0,
         }
     }
 
@@ -135,6 +150,80 @@ impl Pipeline {
         frontend::parse(&format!("s{statement}"), sql, [], self.wire.outbound())?;
         self.prepared.insert(key, statement);
         Ok(statement)
+    }
+
+    /// Begins a COPY into a table. Until [`Pipeline::end_copy`] nothing but [`Pipeline::copy_row`] may follow.
+    ///
+    /// The rows go out without waiting for the word that the server takes them: if it does not, it passes over them.
+    pub(super) async fn begin_copy(
+        &mut self,
+        key: StatementKey,
+        sql: impl FnOnce() -> String,
+        purpose: Purpose,
+    ) -> Result<()> {
+        self.execute(key, sql, std::iter::empty(), purpose).await?;
+        self.begin_copy_data();
+        Ok(())
+    }
+
+    fn begin_copy_data(&mut self) {
+        let out = self.wire.outbound();
+        self.copying = out.len();
+        out.put_slice(b"d\0\0\0\0");
+    }
+
+    /// The length of the COPY data that is being written is known now.
+    fn end_copy_data(&mut self) {
+        let start = self.copying;
+        let out = self.wire.outbound();
+        let length = u32::try_from(out.len() - start - 1).unwrap_or(u32::MAX);
+        if let Some(field) = out.get_mut(start + 1..start + 5) {
+            field.copy_from_slice(&length.to_be_bytes());
+        }
+    }
+
+    /// Appends one row in the format of the COPY.
+    pub(super) async fn copy_row(&mut self, write: impl FnOnce(&mut BytesMut) -> Result<()>) -> Result<()> {
+        write(self.wire.outbound())?;
+        if self.wire.outbound().len() >= CHUNK {
+            self.end_copy_data();
+            self.wire.flush().await?;
+            self.begin_copy_data();
+        }
+        Ok(())
+    }
+
+    pub(super) fn end_copy(&mut self) {
+        self.end_copy_data();
+        self.wire.outbound().put_slice(b"c\0\0\0\x04");
+    }
+
+    /// Takes up the connection again after the server refused a statement: what followed it was passed over. The transaction
+    /// can only be rolled back, as a whole or to a savepoint.
+    pub(super) async fn recover(&mut self) -> Result<()> {
+        // Whole messages only, and the server would pass over them.
+        self.wire.outbound().clear();
+        frontend::sync(self.wire.outbound());
+        // Which of these it still knows is not known: whatever came after the refusal was not prepared.
+        for statement in self.prepared.values() {
+            frontend::close(b'S', &format!("s{statement}"), self.wire.outbound())?;
+        }
+        self.prepared.clear();
+        self.wire.flush().await?;
+        while self.wire.frame().await?.tag != backend::READY_FOR_QUERY_TAG {}
+        self.pending.clear();
+        (self.encoded, self.last_chunk) = (0, 0);
+        Ok(())
+    }
+
+    /// The first statement for a set, since the last call, that found another number of rows than it should.
+    pub(super) fn take_mismatch(&mut self) -> Option<Mismatch> {
+        self.mismatch.take()
+    }
+
+    /// The table whose statement was refused, if it was one of a table.
+    pub(super) fn take_refused(&mut self) -> Option<Arc<Plan>> {
+        self.refused.take()
     }
 
     /// Sends what is encoded, and reads the answers to the chunk before it.
@@ -178,6 +267,17 @@ impl Pipeline {
         std::mem::take(&mut self.missing)
     }
 
+    /// How many rows were not found.
+    pub(super) fn missing(&self) -> usize {
+        self.missing.len()
+    }
+
+    /// What was not found beyond so many was undone.
+    pub(super) fn forget_missing(&mut self, beyond: usize) {
+        self.missing.truncate(beyond);
+        self.mismatch = None;
+    }
+
     /// Whether a row was not found.
     pub(super) fn has_missing(&self) -> bool {
         !self.missing.is_empty()
@@ -201,6 +301,7 @@ impl Pipeline {
                 backend::PARSE_COMPLETE_TAG
                 | backend::BIND_COMPLETE_TAG
                 | backend::CLOSE_COMPLETE_TAG
+                | backend::COPY_IN_RESPONSE_TAG
                 | backend::DATA_ROW_TAG
                 | backend::NO_DATA_TAG => {}
                 tag => return Err(wire::unexpected(tag, "applying")),
@@ -229,6 +330,11 @@ impl Pipeline {
                 self.missing.push(Missing { table: plan.name.clone(), operation, at });
             }
             Purpose::Row { .. } => {}
+            Purpose::Set { set, plan, rows } => {
+                if count != rows && self.mismatch.is_none() {
+                    self.mismatch = Some(Mismatch { plan, what: set.as_str(), expected: rows, found: count });
+                }
+            }
             Purpose::Own(_) => self.own_count = count,
         }
         Ok(())
@@ -243,6 +349,10 @@ impl Pipeline {
                 at.xid,
                 at.commit_lsn
             )),
+            Some(Purpose::Set { set, plan, rows }) => {
+                self.refused = Some(Arc::clone(plan));
+                error.doing(format!("applying {rows} {} together on table {}", set.as_str(), plan.name.plain()))
+            }
             Some(Purpose::Own(what)) => error.doing(format!("running {what} on the target")),
             None => error,
         }

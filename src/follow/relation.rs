@@ -5,9 +5,10 @@
 //! reads with each column's own input function: values travel as the source printed them.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Class, Error, Result};
-use crate::postgres::pgoutput::{Relation, RelationColumn};
+use crate::postgres::pgoutput::{Relation, RelationColumn, Tuple, Value};
 use crate::postgres::wire::TextRow;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
@@ -20,6 +21,8 @@ const FIRST_USER_OID: u32 = 10_000;
 pub(super) struct TargetTable {
     /// `pg_class.relkind` is `p`.
     pub partitioned: bool,
+    /// Something would fire or rewrite when we change a row.
+    pub observed: bool,
     pub columns: Vec<TargetColumn>,
 }
 
@@ -34,24 +37,51 @@ pub(super) struct TargetColumn {
     pub primary_key: bool,
     /// The equality of the index that finds rows by this column, as `OPERATOR(schema.=)`.
     pub equality: Option<String>,
+    pub many: Many,
+}
+
+/// How many values of a column travel in one parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Many {
+    /// As an array of the column's type, whose elements stand between such delimiters.
+    Array { delimiter: u8 },
+    /// There are no arrays of an array's type: as an array of text, each cast to the type, which is the same as its input
+    /// function where nobody made another cast.
+    Text,
+    /// Not at all.
+    Never,
 }
 
 /// `$1` schema, `$2` name.
+///
+/// A trigger that checks a deferred unique constraint again observes nothing.
 ///
 /// The equality comes from the operator family of an index over the column (the primary key's first), because a type of
 /// an extension has its `=` in the extension's schema, which is on no search path of ours.
 const TARGET_TABLE: &str = r"
     SELECT c.relkind = 'p', a.attname::text, a.atttypid, tn.nspname::text, t.typname::text, a.atttypmod,
-           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator
+           a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator,
+           CASE WHEN t.typarray <> 0 THEN t.typdelim::text
+                WHEN EXISTS (SELECT FROM pg_catalog.pg_cast x
+                             WHERE x.castsource = 'pg_catalog.text'::pg_catalog.regtype AND x.casttarget = t.oid) THEN 'never'
+                ELSE 'text' END,
+           EXISTS (SELECT FROM pg_catalog.pg_trigger tg JOIN pg_catalog.pg_proc f ON f.oid = tg.tgfoid
+                   WHERE (tg.tgrelid = c.oid OR tg.tgrelid IN (SELECT relid FROM pg_catalog.pg_partition_tree(c.oid)))
+                     AND tg.tgenabled::text = ANY (role.firing)
+                     AND NOT (f.proname = 'unique_key_recheck' AND f.pronamespace = 'pg_catalog'::pg_catalog.regnamespace))
+           OR EXISTS (SELECT FROM pg_catalog.pg_rewrite r
+                      WHERE r.ev_class = c.oid AND r.rulename <> '_RETURN' AND r.ev_enabled::text = ANY (role.firing))
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    CROSS JOIN (SELECT CASE pg_catalog.current_setting('session_replication_role')
+                       WHEN 'replica' THEN ARRAY['A', 'R'] ELSE ARRAY['A', 'O'] END) role (firing)
     LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     LEFT JOIN LATERAL (
         WITH RECURSIVE chain AS (
             SELECT y.* FROM pg_catalog.pg_type y WHERE y.oid = a.atttypid
             UNION ALL
             SELECT y.* FROM chain JOIN pg_catalog.pg_type y ON y.oid = chain.typbasetype WHERE chain.typtype = 'd')
-        SELECT typname, typnamespace FROM chain WHERE typtype <> 'd') t ON true
+        SELECT oid, typname, typnamespace, typarray, typdelim FROM chain WHERE typtype <> 'd') t ON true
     LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
     LEFT JOIN LATERAL (
         SELECT i.indisprimary AND i.indimmediate AS primary_key,
@@ -96,9 +126,14 @@ pub(super) fn target_table(rows: &[TextRow]) -> Result<Option<TargetTable>> {
             generated: flag(row, 6),
             primary_key: flag(row, 7),
             equality: text(row, 8),
+            many: match needed(row, 9)?.as_bytes() {
+                [delimiter] => Many::Array { delimiter: *delimiter },
+                b"text" => Many::Text,
+                _ => Many::Never,
+            },
         });
     }
-    Ok(Some(TargetTable { partitioned: flag(first, 0), columns }))
+    Ok(Some(TargetTable { partitioned: flag(first, 0), observed: flag(first, 10), columns }))
 }
 
 /// How a row of the relation is found on the target.
@@ -119,20 +154,56 @@ pub(super) struct Plan {
     pub generation: u64,
     pub name: QualifiedName,
     pub finder: Finder,
-    columns: Vec<PlannedColumn>,
+    /// Something on the target reacts to applied rows, so that their order can be noticed.
+    pub observed: bool,
+    pub(super) columns: Vec<PlannedColumn>,
     partitioned: bool,
+    /// How the statements for sets fared.
+    pub sets: SetsTried,
 }
 
-#[derive(Debug)]
-struct PlannedColumn {
+#[derive(Clone, Debug)]
+pub(super) struct PlannedColumn {
     /// Quoted.
-    name: String,
+    pub name: String,
     /// The target computes generated columns itself.
-    written: bool,
-    equality: String,
+    pub written: bool,
+    pub equality: String,
     /// The type that a parameter is read as before it is compared: beside a composite, a bare one would be an anonymous
     /// record, which has no input.
-    type_name: QualifiedName,
+    pub type_name: QualifiedName,
+    pub many: Many,
+}
+
+/// Whether statements for sets are worth another try on a table where they were refused. A refusal costs the work of the whole
+/// stretch, and a table whose rows exchange unique values will be refused again: each refusal doubles the pause.
+#[derive(Debug, Default)]
+pub(super) struct SetsTried {
+    /// Stretches for which the table is left to the ordered path.
+    pause: AtomicU32,
+    /// The length of the last pause.
+    last: AtomicU32,
+}
+
+impl SetsTried {
+    const LONGEST: u32 = 256;
+
+    /// They were refused.
+    pub(super) fn refused(&self) {
+        let pause = (self.last.load(Ordering::Relaxed) * 2).clamp(1, Self::LONGEST);
+        self.last.store(pause, Ordering::Relaxed);
+        self.pause.store(pause, Ordering::Relaxed);
+    }
+
+    pub(super) fn are_paused(&self) -> bool {
+        self.pause.load(Ordering::Relaxed) > 0
+    }
+
+    /// A stretch went by.
+    pub(super) fn next(&self) {
+        // Only one session works with a plan at a time.
+        self.pause.store(self.pause.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+    }
 }
 
 impl Plan {
@@ -164,15 +235,38 @@ impl Plan {
                 written: !found.generated,
                 equality: found.equality.clone().unwrap_or_else(|| "OPERATOR(pg_catalog.=)".to_owned()),
                 type_name: found.type_name.clone(),
+                many: found.many,
             });
         }
         Ok(Self {
             generation,
             name: relation.name.clone(),
             finder: finder(relation, target),
+            observed: target.observed,
             columns,
             partitioned: target.partitioned,
+            sets: SetsTried::default(),
         })
+    }
+
+    /// Whether many of its rows can be changed by one statement.
+    pub(super) fn takes_sets(&self) -> bool {
+        !self.observed
+            && self.columns.iter().any(|column| column.written)
+            && self.columns.iter().all(|column| column.many != Many::Never)
+    }
+
+    /// Positions of the columns that an update to this row writes, without those that find it.
+    pub(super) fn set_by(&self, row: &Tuple) -> Vec<usize> {
+        let key: &[usize] = match &self.finder {
+            Finder::Key(key) => key,
+            Finder::WholeRow | Finder::Nothing => &[],
+        };
+        row.values()
+            .enumerate()
+            .filter(|(at, value)| *value != Value::Unchanged && self.is_written(*at) && !key.contains(at))
+            .map(|(at, _)| at)
+            .collect()
     }
 
     /// How many values a row of the stream has.
@@ -241,7 +335,7 @@ impl Plan {
     }
 
     /// Children of an inheritance parent are relations of their own in the stream.
-    fn only(&self) -> &'static str {
+    pub(super) fn only(&self) -> &'static str {
         if self.partitioned { "" } else { "ONLY " }
     }
 
@@ -371,6 +465,7 @@ mod tests {
     fn target(columns: &[(&str, u32, bool, bool)]) -> TargetTable {
         TargetTable {
             partitioned: false,
+            observed: false,
             columns: columns
                 .iter()
                 .map(|(name, type_oid, primary_key, generated)| TargetColumn {
@@ -381,6 +476,7 @@ mod tests {
                     generated: *generated,
                     primary_key: *primary_key,
                     equality: Some("OPERATOR(pg_catalog.=)".into()),
+                    many: Many::Array { delimiter: b',' },
                 })
                 .collect(),
         }

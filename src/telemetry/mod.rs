@@ -570,6 +570,15 @@ impl BatchApplied {
         self.inserts + self.updates + self.deletes + self.truncates
     }
 
+    /// Takes in another one's transactions and changes.
+    pub fn add(&mut self, other: &Self) {
+        self.transactions += other.transactions;
+        self.inserts += other.inserts;
+        self.updates += other.updates;
+        self.deletes += other.deletes;
+        self.truncates += other.truncates;
+    }
+
     fn by_operation(&self) -> [(&'static str, u64); 4] {
         [("insert", self.inserts), ("update", self.updates), ("delete", self.deletes), ("truncate", self.truncates)]
     }

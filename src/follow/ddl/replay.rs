@@ -6,7 +6,7 @@ use super::event::{Candidates, Deed, Event, Table};
 use crate::config::Ddl;
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::apply::Applier;
-use crate::follow::pipeline::Position;
+use crate::follow::change::Position;
 use crate::postgres::wire::TextRow;
 use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::schema::hold_back;
@@ -78,12 +78,12 @@ impl Applier {
         }
         let before = self.known_tables().await?;
         let mut again = self.written_anew(event, statement).await?;
-        self.pipeline.query("SAVEPOINT schema_change").await?;
+        self.pipeline()?.query("SAVEPOINT schema_change").await?;
         let (statement, state) = match self.execute_one_of(event, candidates).await {
             Ok(ran) => ran,
             Err(error) => return Err(self.refused(at, change, error).await),
         };
-        self.pipeline.query("RELEASE SAVEPOINT schema_change").await?;
+        self.pipeline()?.query("RELEASE SAVEPOINT schema_change").await?;
         let change = self.describe(at, event, &event.shown(&statement));
         tracing::info!(statement = change.statement, lsn = %at.commit_lsn, state, "schema change");
         again.extend(self.other_values(event).await?);
@@ -94,7 +94,7 @@ impl Applier {
         self.watch_identities(event).await?;
         self.hold_back().await.doing(|| "holding back the triggers of a schema change")?;
         let note = change.sql(self.settings.move_name.as_str(), state, None);
-        self.pipeline.query(&note).await.doing(|| "noting a schema change")?;
+        self.pipeline()?.query(&note).await.doing(|| "noting a schema change")?;
         // What was known of shapes and types may be another by now.
         self.relations.values_mut().for_each(|(_, plan)| *plan = None);
         self.types.clear();
@@ -119,7 +119,7 @@ impl Applier {
             at.commit_lsn,
             self.schema.ordinal
         );
-        Ok(!self.pipeline.query(&question).await.doing(|| "looking for schema changes to leave out")?.is_empty())
+        Ok(!self.pipeline()?.query(&question).await.doing(|| "looking for schema changes to leave out")?.is_empty())
     }
 
     /// The error for whoever must help, which also stands in the state, where it can be marked to be left out.
@@ -159,7 +159,7 @@ impl Applier {
             let outcome = match self.execute_as(event, statement).await {
                 Ok(()) => Ok("carried"),
                 Err(error) if is_done_already(&error, statement) => {
-                    self.pipeline.query("ROLLBACK TO SAVEPOINT schema_change").await?;
+                    self.pipeline()?.query("ROLLBACK TO SAVEPOINT schema_change").await?;
                     tracing::warn!(tag = event.tag, %error, "the target has this schema change already");
                     Ok("found")
                 }
@@ -178,7 +178,7 @@ impl Applier {
                 Ok(_) => {}
                 Err(error) => refusal = refusal.or(Some(error)),
             }
-            self.pipeline.query("ROLLBACK TO SAVEPOINT schema_change").await?;
+            self.pipeline()?.query("ROLLBACK TO SAVEPOINT schema_change").await?;
         }
         Err(refusal.unwrap_or_else(|| {
             let message =
@@ -193,13 +193,13 @@ impl Applier {
              WHERE attrelid = pg_catalog.to_regclass({}) AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
             quote_literal(&table.to_string())
         );
-        let rows = self.pipeline.query(&sql).await.doing(|| "looking at the columns of a table")?;
+        let rows = self.pipeline()?.query(&sql).await.doing(|| "looking at the columns of a table")?;
         Ok(rows.iter().filter_map(|row| Some((row.first()?.clone()?, row.get(1)?.clone()?))).collect())
     }
 
     async fn execute_as(&mut self, event: &Event, statement: &str) -> Result<()> {
         let own = self
-            .pipeline
+            .pipeline()?
             .query("SELECT pg_catalog.current_setting('role'), pg_catalog.current_setting('search_path')")
             .await?;
         let own = |at: usize| own.first().and_then(|row| row.get(at).cloned().flatten()).unwrap_or_default();
@@ -211,9 +211,9 @@ impl Applier {
             )
         };
         let (role, path) = (event.role.as_deref().unwrap_or("none"), event.path.as_deref().unwrap_or_default());
-        self.pipeline.query(&set(role, path)).await.doing(|| format!("becoming the role {role}"))?;
-        self.pipeline.query(statement).await?;
-        self.pipeline.query(&set(&own(0), &own(1))).await?;
+        self.pipeline()?.query(&set(role, path)).await.doing(|| format!("becoming the role {role}"))?;
+        self.pipeline()?.query(statement).await?;
+        self.pipeline()?.query(&set(&own(0), &own(1))).await?;
         Ok(())
     }
 
@@ -226,7 +226,7 @@ impl Applier {
              WHERE t.move = {}",
             quote_literal(self.settings.move_name.as_str())
         );
-        let rows = self.pipeline.query(&sql).await.doing(|| "looking for the tables of the move on the target")?;
+        let rows = self.pipeline()?.query(&sql).await.doing(|| "looking for the tables of the move on the target")?;
         Ok(rows.iter().filter_map(|row| Some(Known { name: name(row, 0)?, oid: row.get(2)?.clone()? })).collect())
     }
 
@@ -258,7 +258,7 @@ impl Applier {
                AND (t.typcategory NOT IN ('N', 'S', 'B') OR t.oid >= 10000 OR t.typname ~ '^(money|float|reg|oid)')",
             quote_literal(&table.to_string())
         );
-        Ok(self.pipeline.query(&sql).await.doing(|| "looking at the types of a table")?.is_empty())
+        Ok(self.pipeline()?.query(&sql).await.doing(|| "looking at the types of a table")?.is_empty())
     }
 
     /// Tables in whose old rows an added column has another value than on the source.
@@ -277,7 +277,7 @@ impl Applier {
                  WHERE attrelid = pg_catalog.to_regclass({}) AND atthasmissing",
                 quote_literal(&table.to_string())
             );
-            let rows = self.pipeline.query(&sql).await.doing(|| "looking at the columns of a table")?;
+            let rows = self.pipeline()?.query(&sql).await.doing(|| "looking at the columns of a table")?;
             let differs = rows.iter().any(|row| {
                 let text = |at: usize| row.get(at).cloned().flatten();
                 text(0).and_then(|column| values.get(&column).map(|wanted| Some(wanted) != text(1).as_ref()))
@@ -298,7 +298,7 @@ impl Applier {
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
              WHERE c.oid = ANY ('{{{oids}}}'::oid[]) AND c.relpersistence = 'p'"
         );
-        let rows = self.pipeline.query(&sql).await.doing(|| "looking for the tables of the move on the target")?;
+        let rows = self.pipeline()?.query(&sql).await.doing(|| "looking for the tables of the move on the target")?;
         let now: HashMap<String, QualifiedName> =
             rows.iter().filter_map(|row| Some((row.get(2)?.clone()?, name(row, 0)?))).collect();
         for known in before {
@@ -334,11 +334,11 @@ impl Applier {
                 "INSERT INTO pgtandem.unkeyed_table (move, schema_name, table_name, changes)
                  VALUES ({move_name}, {schema}, {name}, 0) ON CONFLICT DO NOTHING"
             );
-            self.pipeline.query(&sql).await.doing(|| "watching a table without a replica identity")?;
+            self.pipeline()?.query(&sql).await.doing(|| "watching a table without a replica identity")?;
         }
         for table in identities.gained() {
             let sql = format!("DELETE FROM pgtandem.unkeyed_table WHERE {}", self.row_of(&table));
-            self.pipeline.query(&sql).await.doing(|| "watching a table without a replica identity")?;
+            self.pipeline()?.query(&sql).await.doing(|| "watching a table without a replica identity")?;
             self.copy_again(&table).await?;
         }
         Ok(())
@@ -347,7 +347,7 @@ impl Applier {
     async fn begin_table(&mut self, table: &QualifiedName, at: Position, empty: bool) -> Result<()> {
         let move_name = self.settings.move_name.as_str();
         let sql = copied_sql(move_name, table, at.commit_lsn, 0, 0);
-        self.pipeline.query(&sql).await.doing(|| format!("taking in table {}", table.plain()))?;
+        self.pipeline()?.query(&sql).await.doing(|| format!("taking in table {}", table.plain()))?;
         self.settings.cuts.insert(table.clone(), at.commit_lsn);
         self.moved.change(|moved| {
             moved.insert(table.clone());
@@ -359,20 +359,21 @@ impl Applier {
     async fn hold_back(&mut self) -> Result<()> {
         let mut found = Vec::new();
         for (kind, question) in hold_back::questions() {
-            for row in self.pipeline.query(&question).await? {
+            for row in self.pipeline()?.query(&question).await? {
                 found.push(hold_back::object(kind, &row.into_iter().flatten().collect::<Vec<_>>()));
             }
         }
         if found.is_empty() {
             return Ok(());
         }
-        self.pipeline.query(&hold_back_sql(self.settings.move_name.as_str(), &found)).await.map(drop)
+        let sql = hold_back_sql(self.settings.move_name.as_str(), &found);
+        self.pipeline()?.query(&sql).await.map(drop)
     }
 
     async fn forget(&mut self, table: &QualifiedName) -> Result<()> {
         let sql =
             ["copy_table", "unkeyed_table"].map(|of| format!("DELETE FROM pgtandem.{of} WHERE {}", self.row_of(table)));
-        self.pipeline.query(&sql.join("; ")).await.doing(|| format!("letting go of table {}", table.plain()))?;
+        self.pipeline()?.query(&sql.join("; ")).await.doing(|| format!("letting go of table {}", table.plain()))?;
         self.settings.cuts.remove(table);
         self.moved.change(|moved| {
             moved.remove(table);
@@ -398,7 +399,7 @@ impl Applier {
              WHERE move = {} AND disable LIKE '%' || {quoted_old} || '%'",
             quote_literal(self.settings.move_name.as_str())
         ));
-        self.pipeline.query(&sql).await.doing(|| format!("renaming table {}", old.plain()))?;
+        self.pipeline()?.query(&sql).await.doing(|| format!("renaming table {}", old.plain()))?;
         if let Some(cut) = self.settings.cuts.remove(old) {
             self.settings.cuts.insert(new.clone(), cut);
         }
@@ -415,7 +416,7 @@ impl Applier {
 
     async fn copy_again(&mut self, table: &QualifiedName) -> Result<()> {
         let sql = copying_sql(self.settings.move_name.as_str(), table) + " RETURNING 1";
-        let rows = self.pipeline.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
+        let rows = self.pipeline()?.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
         if !rows.is_empty() {
             tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
             self.schema.copy_again = true;

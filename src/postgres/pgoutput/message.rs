@@ -219,6 +219,14 @@ impl OldTuple {
             Self::Key(tuple) | Self::Full(tuple) => tuple,
         }
     }
+
+    /// The row, whichever kind it is.
+    #[must_use]
+    pub fn into_tuple(self) -> Tuple {
+        match self {
+            Self::Key(tuple) | Self::Full(tuple) => tuple,
+        }
+    }
 }
 
 /// The shape of a relation.

@@ -1,6 +1,6 @@
 //! Rows, left where they were received.
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::Malformed;
 use super::reader::Cursor;
@@ -61,6 +61,39 @@ impl Tuple {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.data.len()
+    }
+
+    /// The row as it was sent. Two rows of one relation with equal bytes look the same in every column.
+    #[must_use]
+    pub fn as_sent(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Whether a value was left out.
+    #[must_use]
+    pub fn leaves_out(&self) -> bool {
+        self.values().any(|value| value == Value::Unchanged)
+    }
+
+    /// This row, with the values that it leaves out taken from an earlier state of the row.
+    #[must_use]
+    pub fn over(&self, earlier: &Self) -> Self {
+        let mut data = BytesMut::with_capacity(self.data.len() + earlier.data.len());
+        for (value, before) in self.values().zip(earlier.values()) {
+            let (kind, bytes) = match if value == Value::Unchanged { before } else { value } {
+                Value::Null => (b'n', None),
+                Value::Unchanged => (b'u', None),
+                Value::Text(bytes) => (b't', Some(bytes)),
+                Value::Binary(bytes) => (b'b', Some(bytes)),
+            };
+            data.put_u8(kind);
+            if let Some(bytes) = bytes {
+                // It came with a length of 32 bits.
+                data.put_u32(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+                data.put_slice(bytes);
+            }
+        }
+        Self { data: data.freeze(), columns: self.columns }
     }
 
     /// The values, in the relation's order.

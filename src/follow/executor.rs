@@ -1,0 +1,247 @@
+//! The hand on the target: runs changes inside one transaction, and commits them with progress.
+//!
+//! Whole sets of rows go out as a few statements behind a savepoint (see [`super::net`]). If the server refuses one, or one finds
+//! another number of rows than it should, everything since the savepoint is undone and the changes are applied again with
+//! that table one by one: what cannot be applied in that way either is an error that names the row.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::change::Change;
+use super::net::{Group, How, Stage, stages};
+use super::pipeline::{Mismatch, Pipeline, Purpose, StatementKey};
+use super::relation::Plan;
+use crate::config::{MissingRow, MoveName};
+use crate::error::{Class, Error, Result};
+use crate::postgres::{Lsn, quote_literal};
+use crate::telemetry::{BatchApplied, Telemetry};
+
+/// So many tables are tried to be taken out of the sets, one after the other, before all of them are.
+const TRIES: usize = 3;
+
+const SAVEPOINT: &str = "SAVEPOINT pgtandem_sets";
+const RELEASE: &str = "RELEASE SAVEPOINT pgtandem_sets";
+const ROLLBACK: &str = "ROLLBACK TO SAVEPOINT pgtandem_sets";
+
+/// See the module's first lines.
+pub(super) struct Executor {
+    pub pipeline: Pipeline,
+    pub move_name: MoveName,
+    pub epoch: i64,
+    pub missing_row: MissingRow,
+    pub telemetry: Telemetry,
+    /// When the open target transaction began.
+    pub open: Option<Instant>,
+}
+
+/// What is run at once: a stretch of the stream, and its end if it is one at which the target may commit.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    pub changes: Vec<Change>,
+    pub end: Option<End>,
+}
+
+/// The end of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct End {
+    /// Where progress will be, and the commit time that goes with it.
+    pub lsn: Lsn,
+    pub commit_micros: Option<i64>,
+    /// The marker that is part of it.
+    pub marker: Option<u64>,
+    pub applied: BatchApplied,
+}
+
+impl Executor {
+    /// Runs the work; the end that is durable now, if it had one.
+    pub(super) async fn run(&mut self, work: &Work) -> Result<Option<End>> {
+        self.begin().await?;
+        self.apply(&work.changes).await?;
+        let Some(mut end) = work.end else { return Ok(None) };
+        self.advance(&end).await?;
+        self.pipeline.commit().await?;
+        end.applied.duration = self.open.take().map(|begun| begun.elapsed()).unwrap_or_default();
+        Ok(Some(end))
+    }
+
+    /// Opens the target transaction, if none is open.
+    pub(super) async fn begin(&mut self) -> Result<()> {
+        if self.open.is_some() {
+            return Ok(());
+        }
+        self.open = Some(Instant::now());
+        self.own("BEGIN").await?;
+        // Within a transaction of the source a deferrable constraint may have been broken for a while.
+        self.own("SET CONSTRAINTS ALL DEFERRED").await
+    }
+
+    async fn own(&mut self, sql: &'static str) -> Result<()> {
+        let key = StatementKey::Own(sql);
+        self.pipeline.execute(key, || sql.to_owned(), std::iter::empty(), Purpose::Own(sql)).await
+    }
+
+    /// Applies the changes.
+    async fn apply(&mut self, changes: &[Change]) -> Result<()> {
+        let observed = changes.iter().any(|change| change.plan.observed);
+        // Tables that are taken out of the sets for this stretch.
+        let mut ordered: HashSet<u64> = HashSet::new();
+        while !observed && ordered.len() < TRIES {
+            let stages = stages(changes, |plan| plan.sets.are_paused() || ordered.contains(&plan.generation));
+            let sets = groups(&stages).any(|group| !matches!(group.how, How::Ordered(_)));
+            if !sets {
+                groups(&stages).for_each(|group| group.plan.sets.next());
+                break;
+            }
+            self.own(SAVEPOINT).await?;
+            let missing = self.pipeline.missing();
+            let Some((error, culprit)) = self.try_sets(&stages).await? else {
+                groups(&stages).for_each(|group| group.plan.sets.next());
+                return self.own(RELEASE).await;
+            };
+            tracing::debug!(%error, "the changes of {} are applied one by one", culprit.name.plain());
+            self.telemetry.fallback(error.code());
+            culprit.sets.refused();
+            ordered.insert(culprit.generation);
+            self.own(ROLLBACK).await?;
+            self.pipeline.forget_missing(missing);
+        }
+        for change in changes {
+            self.pipeline.change(change).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs what follows a savepoint, and reads every answer. If a statement for a set did not do what it should, and that may
+    /// be for the want of order: the error, and the table that it was for.
+    async fn try_sets(&mut self, stages: &[Stage<'_>]) -> Result<Option<(Error, Arc<Plan>)>> {
+        let error = match self.sets(stages).await {
+            Ok(()) => match self.pipeline.take_mismatch() {
+                None => return Ok(None),
+                Some(Mismatch { plan, what, expected, found }) => {
+                    let message = format!("{expected} {what} found {found} rows in table {}", plan.name.plain());
+                    return Ok(Some((Error::new(Class::Operator, "rows_not_found", message), plan)));
+                }
+            },
+            Err(error) => error,
+        };
+        // A deadlock, a full disk or a lost connection would meet the ordered path as well.
+        match self.pipeline.take_refused().filter(|_| error.class() == Class::Operator) {
+            Some(culprit) => {
+                self.pipeline.recover().await?;
+                Ok(Some((error, culprit)))
+            }
+            None => Err(error),
+        }
+    }
+
+    async fn sets(&mut self, stages: &[Stage<'_>]) -> Result<()> {
+        for stage in stages {
+            match stage {
+                Stage::Truncate(change) => self.pipeline.change(change).await?,
+                Stage::Tables(groups) => {
+                    for group in groups {
+                        match &group.how {
+                            How::Ordered(changes) => {
+                                for change in changes {
+                                    self.pipeline.change(change).await?;
+                                }
+                            }
+                            How::Keyed(net) => self.pipeline.keyed(group.plan, net).await?,
+                            How::Alike(net) => self.pipeline.alike(group.plan, net).await?,
+                        }
+                    }
+                }
+            }
+        }
+        self.pipeline.settle().await
+    }
+
+    /// Writes progress as the last statement of the batch, after all others were answered.
+    async fn advance(&mut self, end: &End) -> Result<()> {
+        let values = [
+            self.move_name.as_str().to_owned(),
+            self.epoch.to_string(),
+            end.lsn.to_string(),
+            end.commit_micros.map(|micros| micros.to_string()).unwrap_or_default(),
+            end.applied.transactions.to_string(),
+            end.applied.changes().to_string(),
+        ];
+        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
+        self.pipeline
+            .execute(StatementKey::Own("progress"), || PROGRESS.to_owned(), values, Purpose::Own("progress"))
+            .await?;
+        self.pipeline.settle().await?;
+        if self.pipeline.own_count() != 1 {
+            return Err(Error::new(
+                Class::Retry,
+                "leadership_lost",
+                format!(
+                    "progress could not be advanced to {}: another daemon took this move, or progress is beyond",
+                    end.lsn
+                ),
+            ));
+        }
+        if self.pipeline.has_missing() {
+            self.missing_rows().await?;
+        }
+        Ok(())
+    }
+
+    async fn missing_rows(&mut self) -> Result<()> {
+        let missing = self.pipeline.take_missing();
+        if self.missing_row == MissingRow::Stop
+            && let Some(first) = missing.first()
+        {
+            return Err(Error::new(
+                Class::Operator,
+                "row_missing",
+                format!(
+                    "{} of transaction {} (committed at {}) found no row in table {} on the target",
+                    first.operation.as_str(),
+                    first.at.xid,
+                    first.at.commit_lsn,
+                    first.table.plain()
+                ),
+            )
+            .hint(
+                format!(
+                    "someone else changed the target, or the sides differed before; nothing of the batch was applied. \
+                     Find the cause, then `pgtandem resync {}` and start again; or set follow.missing_row = \"record\" to go on",
+                    first.table.plain()
+                ),
+            ));
+        }
+        for row in missing {
+            let sql: Arc<str> = format!(
+                "INSERT INTO pgtandem.missing_row (move, table_name, operation, lsn, xid) VALUES ({}, {}, '{}', '{}', {})",
+                quote_literal(self.move_name.as_str()),
+                quote_literal(&row.table.plain()),
+                row.operation.as_str(),
+                row.at.commit_lsn,
+                row.at.xid
+            )
+            .into();
+            let key = StatementKey::Text(Arc::clone(&sql));
+            self.pipeline.execute(key, || sql.to_string(), std::iter::empty(), Purpose::Own("missing row")).await?;
+            self.telemetry.missing_row(&row.table);
+        }
+        Ok(())
+    }
+}
+
+fn groups<'s, 'c>(stages: &'s [Stage<'c>]) -> impl Iterator<Item = &'s Group<'c>> {
+    stages.iter().flat_map(|stage| match stage {
+        Stage::Tables(groups) => groups.as_slice(),
+        Stage::Truncate(_) => &[],
+    })
+}
+
+/// `$1` move, `$2` epoch, `$3` LSN, `$4` commit time in microseconds since 1970 or NULL, `$5` transactions, `$6` changes.
+const PROGRESS: &str = "\
+    UPDATE pgtandem.progress
+    SET lsn = $3,
+        commit_time = COALESCE(timestamptz 'epoch' + $4::int8 * interval '1 microsecond', commit_time),
+        transactions = transactions + $5::int8,
+        changes = changes + $6::int8
+    WHERE move = $1 AND epoch = $2::int8 AND lsn <= $3::pg_lsn";

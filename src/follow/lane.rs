@@ -1,0 +1,65 @@
+//! The way of work to the target: one piece is run while the next one is collected.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use super::executor::{End, Executor, Work};
+use crate::error::{Error, Result};
+
+/// See the module's first lines.
+pub(super) struct Lane {
+    idle: Option<Box<Executor>>,
+    running: Option<Running>,
+}
+
+type Running = Pin<Box<dyn Future<Output = (Box<Executor>, Result<Option<End>>)> + Send>>;
+
+impl Lane {
+    pub(super) fn new(executor: Executor) -> Self {
+        Self { idle: Some(Box::new(executor)), running: None }
+    }
+
+    /// Whether work can be started, and the executor be had.
+    pub(super) fn is_free(&self) -> bool {
+        self.running.is_none()
+    }
+
+    /// Starts the work. It goes on only while [`Lane::finished`] is awaited.
+    ///
+    /// # Errors
+    /// Class bug: something runs, or something failed.
+    pub(super) fn start(&mut self, work: Work) -> Result<()> {
+        let mut executor = self.idle.take().ok_or_else(out_of_turn)?;
+        self.running = Some(Box::pin(async move {
+            let outcome = executor.run(&work).await;
+            (executor, outcome)
+        }));
+        Ok(())
+    }
+
+    /// Waits for what runs; the end that is durable now, if it had one. Never, if nothing runs. Cancellation safe: what runs
+    /// goes on with the next call.
+    ///
+    /// # Errors
+    /// Those of the work. The connection then is good for nothing any more.
+    pub(super) async fn finished(&mut self) -> Result<Option<End>> {
+        let Some(running) = &mut self.running else { return std::future::pending().await };
+        let (executor, outcome) = running.await;
+        self.running = None;
+        let end = outcome?;
+        self.idle = Some(executor);
+        Ok(end)
+    }
+
+    /// The executor, which must be free.
+    ///
+    /// # Errors
+    /// Class bug: something runs, or something failed.
+    pub(super) fn executor(&mut self) -> Result<&mut Executor> {
+        self.idle.as_deref_mut().ok_or_else(out_of_turn)
+    }
+}
+
+fn out_of_turn() -> Error {
+    Error::bug("the connection to the target was used out of turn")
+}

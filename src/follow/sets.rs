@@ -1,0 +1,378 @@
+//! Statements that change many rows of one table: their text, and their parameters.
+//!
+//! Values travel as the source printed them, and are read by the input function of their column's type: an array of a type reads
+//! its elements so, and COPY reads its fields so. The rows of a batch are a table of arrays, one for each column.
+
+use bytes::{BufMut, BytesMut};
+
+use super::net::{Alike, Keyed, Updates};
+use super::pipeline::{Pipeline, Purpose, Set, StatementKey};
+use super::relation::{Finder, Many, Plan, PlannedColumn};
+use super::row::text;
+use crate::error::Result;
+use crate::postgres::pgoutput::{Tuple, Value};
+use std::sync::Arc;
+
+/// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small.
+const STATEMENT: usize = 4 << 20;
+
+impl Pipeline {
+    /// Encodes what the changes of a table come to, for rows that are found by their key.
+    pub(super) async fn keyed(&mut self, plan: &Arc<Plan>, net: &Keyed<'_>) -> Result<()> {
+        let Finder::Key(key) = &plan.finder else {
+            return self.copy_in(plan, net.inserts.iter().map(AsRef::as_ref)).await;
+        };
+        let mut deletes = net.deletes.iter();
+        while deletes.len() > 0 {
+            let mut parameters = Parameters::new(key.iter().filter_map(|&at| plan.columns.get(at)));
+            while let Some(row) = deletes.next() {
+                parameters.row(row.parts().iter().copied().map(Some));
+                if parameters.bytes >= STATEMENT {
+                    break;
+                }
+            }
+            self.set(plan, Set::Delete, Vec::new(), parameters, || plan.delete_set()).await?;
+        }
+        for Updates { set, rows } in &net.updates {
+            let mut rows = rows.iter();
+            while rows.len() > 0 {
+                let mut parameters =
+                    Parameters::new(key.iter().chain(set).filter_map(|&at| plan.columns.get(at)));
+                while let Some((key, row)) = rows.next() {
+                    let values: Vec<Value<'_>> = row.values().collect();
+                    let mut written = Vec::with_capacity(set.len());
+                    for &at in set {
+                        written.push(text(values.get(at).copied().unwrap_or(Value::Null), plan)?);
+                    }
+                    parameters.row(key.parts().iter().copied().map(Some).chain(written));
+                    if parameters.bytes >= STATEMENT {
+                        break;
+                    }
+                }
+                self.set(plan, Set::Update, set.clone(), parameters, || plan.update_set(set)).await?;
+            }
+        }
+        self.copy_in(plan, net.inserts.iter().map(AsRef::as_ref)).await
+    }
+
+    /// The same for rows that are found by their look. One statement takes all of them: numbering those that look the same,
+    /// it must see them all.
+    pub(super) async fn alike(&mut self, plan: &Arc<Plan>, net: &Alike<'_>) -> Result<()> {
+        let looks = || plan.columns.iter().map(|column| PlannedColumn { many: Many::Text, ..column.clone() });
+        if !net.deletes.is_empty() {
+            let columns: Vec<_> = looks().collect();
+            let mut parameters = Parameters::new(columns.iter());
+            for old in &net.deletes {
+                parameters.tuple(plan, old, |_| true)?;
+            }
+            self.set(plan, Set::DeleteAlike, Vec::new(), parameters, || plan.delete_alike()).await?;
+        }
+        if !net.updates.is_empty() {
+            let columns: Vec<_> =
+                looks().chain(plan.columns.iter().filter(|column| column.written).cloned()).collect();
+            let mut parameters = Parameters::new(columns.iter());
+            for (old, new) in &net.updates {
+                let mut row = Vec::with_capacity(columns.len());
+                for value in old.values() {
+                    row.push(text(value, plan)?);
+                }
+                for (_, value) in new.values().enumerate().filter(|(at, _)| plan.is_written(*at)) {
+                    row.push(text(value, plan)?);
+                }
+                parameters.row(row.into_iter());
+            }
+            self.set(plan, Set::UpdateAlike, Vec::new(), parameters, || plan.update_alike()).await?;
+        }
+        self.copy_in(plan, net.inserts.iter().copied()).await
+    }
+
+    async fn set(
+        &mut self,
+        plan: &Arc<Plan>,
+        set: Set,
+        columns: Vec<usize>,
+        parameters: Parameters,
+        sql: impl FnOnce() -> String,
+    ) -> Result<()> {
+        let purpose = Purpose::Set { set, plan: Arc::clone(plan), rows: parameters.rows };
+        let key = StatementKey::Set { generation: plan.generation, set, columns };
+        let arrays = parameters.finish();
+        self.execute(key, sql, arrays.iter().map(|array| Some(array.as_ref())), purpose).await
+    }
+
+    async fn copy_in<'t>(&mut self, plan: &Arc<Plan>, rows: impl ExactSizeIterator<Item = &'t Tuple>) -> Result<()> {
+        if rows.len() == 0 {
+            return Ok(());
+        }
+        let key = StatementKey::Set { generation: plan.generation, set: Set::Copy, columns: Vec::new() };
+        let purpose = Purpose::Set { set: Set::Copy, plan: Arc::clone(plan), rows: rows.len() as u64 };
+        self.begin_copy(key, || plan.copy_set(), purpose).await?;
+        for row in rows {
+            self.copy_row(|line| copy_line(plan, row, line)).await?;
+        }
+        self.end_copy();
+        Ok(())
+    }
+}
+
+/// One array for each column, as literals.
+struct Parameters {
+    arrays: Vec<BytesMut>,
+    delimiters: Vec<u8>,
+    rows: u64,
+    bytes: usize,
+}
+
+impl Parameters {
+    fn new<'p>(columns: impl Iterator<Item = &'p PlannedColumn>) -> Self {
+        let delimiters: Vec<u8> = columns
+            .map(|column| match column.many {
+                Many::Array { delimiter } => delimiter,
+                Many::Text | Many::Never => b',',
+            })
+            .collect();
+        Self { arrays: vec![BytesMut::from(&b"{"[..]); delimiters.len()], delimiters, rows: 0, bytes: 0 }
+    }
+
+    fn row<'v>(&mut self, values: impl Iterator<Item = Option<&'v [u8]>>) {
+        for ((array, &delimiter), value) in self.arrays.iter_mut().zip(&self.delimiters).zip(values) {
+            if self.rows > 0 {
+                array.put_u8(delimiter);
+            }
+            self.bytes += value.map_or(0, <[u8]>::len) + 8;
+            element(array, value);
+        }
+        self.rows += 1;
+    }
+
+    fn tuple(&mut self, plan: &Plan, row: &Tuple, which: impl Fn(usize) -> bool) -> Result<()> {
+        let mut values = Vec::with_capacity(row.len());
+        for (_, value) in row.values().enumerate().filter(|(at, _)| which(*at)) {
+            values.push(text(value, plan)?);
+        }
+        self.row(values.into_iter());
+        Ok(())
+    }
+
+    fn finish(self) -> Vec<BytesMut> {
+        let mut arrays = self.arrays;
+        arrays.iter_mut().for_each(|array| array.put_u8(b'}'));
+        arrays
+    }
+}
+
+/// One element of an array literal, in quotes unless it is as plain as a number.
+fn element(array: &mut BytesMut, value: Option<&[u8]>) {
+    let Some(value) = value else { return array.put_slice(b"NULL") };
+    if !value.is_empty() && value.iter().all(|byte| byte.is_ascii_digit() || matches!(byte, b'-' | b'.')) {
+        return array.put_slice(value);
+    }
+    array.reserve(value.len() + 2);
+    array.put_u8(b'"');
+    let mut rest = value;
+    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'"' | b'\\')) {
+        let (plain, special) = rest.split_at(at);
+        array.put_slice(plain);
+        array.put_u8(b'\\');
+        array.put_slice(special.get(..1).unwrap_or_default());
+        rest = special.get(1..).unwrap_or_default();
+    }
+    array.put_slice(rest);
+    array.put_u8(b'"');
+}
+
+/// One line of COPY's text format.
+fn copy_line(plan: &Plan, row: &Tuple, line: &mut BytesMut) -> Result<()> {
+    let mut first = true;
+    for (_, value) in row.values().enumerate().filter(|(at, _)| plan.is_written(*at)) {
+        if !std::mem::take(&mut first) {
+            line.put_u8(b'\t');
+        }
+        match text(value, plan)? {
+            None => line.put_slice(b"\\N"),
+            Some(value) => field(line, value),
+        }
+    }
+    line.put_u8(b'\n');
+    Ok(())
+}
+
+fn field(line: &mut BytesMut, value: &[u8]) {
+    let mut rest = value;
+    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'\\' | b'\n' | b'\r' | b'\t')) {
+        let (plain, special) = rest.split_at(at);
+        line.put_slice(plain);
+        line.put_u8(b'\\');
+        line.put_u8(match special.first() {
+            Some(b'\n') => b'n',
+            Some(b'\r') => b'r',
+            Some(b'\t') => b't',
+            _ => b'\\',
+        });
+        rest = special.get(1..).unwrap_or_default();
+    }
+    line.put_slice(rest);
+}
+
+impl PlannedColumn {
+    /// The array as a parameter of this number.
+    fn array(&self, number: usize) -> String {
+        match self.many {
+            Many::Array { .. } => format!("${number}::{}[]", self.type_name),
+            Many::Text | Many::Never => format!("${number}::text[]"),
+        }
+    }
+
+    /// The column of the batch as a value of the type.
+    fn value(&self, alias: &str) -> String {
+        match self.many {
+            Many::Array { .. } => alias.to_owned(),
+            Many::Text | Many::Never => format!("{alias}::{}", self.type_name),
+        }
+    }
+}
+
+impl Plan {
+    /// `$1` and on: the columns of the key.
+    fn delete_set(&self) -> String {
+        let key = self.key_columns();
+        format!(
+            "DELETE FROM {}{} AS target USING {} WHERE {}",
+            self.only(),
+            self.name,
+            batch(&key, "k", 1),
+            self.matches(&key)
+        )
+    }
+
+    /// `$1` and on: the columns of the key, then those that are set.
+    fn update_set(&self, set: &[usize]) -> String {
+        let key = self.key_columns();
+        let written: Vec<&PlannedColumn> = set.iter().filter_map(|&at| self.columns.get(at)).collect();
+        let mut assignments: Vec<String> = written
+            .iter()
+            .enumerate()
+            .map(|(at, column)| format!("{} = {}", column.name, column.value(&format!("batch.c{at}"))))
+            .collect();
+        if assignments.is_empty() {
+            // Nothing that we write changed, but the rows must be there all the same.
+            let any = self.columns.iter().find(|c| c.written).map_or("ctid", |c| c.name.as_str());
+            assignments.push(format!("{any} = target.{any}"));
+        }
+        let arrays = arrays(&key, 1).chain(arrays(&written, 1 + key.len())).collect::<Vec<_>>().join(", ");
+        let names = names("k", key.len()).chain(names("c", written.len())).collect::<Vec<_>>().join(", ");
+        format!(
+            "UPDATE {}{} AS target SET {} FROM unnest({arrays}) AS batch ({names}) WHERE {}",
+            self.only(),
+            self.name,
+            assignments.join(", "),
+            self.matches(&key)
+        )
+    }
+
+    /// Rows follow in COPY's text format.
+    fn copy_set(&self) -> String {
+        let names: Vec<_> = self.columns.iter().filter(|c| c.written).map(|c| c.name.as_str()).collect();
+        format!("COPY {} ({}) FROM STDIN", self.name, names.join(", "))
+    }
+
+    /// `$1` and on: all columns of the old rows, as text.
+    fn delete_alike(&self) -> String {
+        let width = self.columns.len();
+        let arrays = (1..=width).map(|n| format!("${n}::text[]")).collect::<Vec<_>>().join(", ");
+        format!(
+            "WITH wanted AS (
+                SELECT look, row_number() OVER (PARTITION BY look) AS nth
+                FROM (SELECT {look} AS look FROM unnest({arrays}) AS batch ({names})) AS rows),
+             located AS ({located})
+             DELETE FROM {only}{table} AS target USING located JOIN wanted USING (look, nth)
+             WHERE target.tableoid = located.tableoid AND target.ctid = located.ctid",
+            look = look(names("o", width)),
+            names = names("o", width).collect::<Vec<_>>().join(", "),
+            located = self.located(),
+            only = self.only(),
+            table = self.name,
+        )
+    }
+
+    /// `$1` and on: all columns of the old rows, as text; then the written columns of the new rows.
+    fn update_alike(&self) -> String {
+        let width = self.columns.len();
+        let written: Vec<&PlannedColumn> = self.columns.iter().filter(|column| column.written).collect();
+        let arrays = (1..=width).map(|n| format!("${n}::text[]")).chain(arrays(&written, 1 + width));
+        let assignments = written
+            .iter()
+            .enumerate()
+            .map(|(at, column)| format!("{} = {}", column.name, column.value(&format!("wanted.c{at}"))));
+        format!(
+            "WITH wanted AS (
+                SELECT rows.*, row_number() OVER (PARTITION BY look) AS nth
+                FROM (SELECT {look} AS look, batch.* FROM unnest({arrays}) AS batch ({names})) AS rows),
+             located AS ({located})
+             UPDATE {only}{table} AS target SET {assignments} FROM located JOIN wanted USING (look, nth)
+             WHERE target.tableoid = located.tableoid AND target.ctid = located.ctid",
+            look = look(names("o", width)),
+            arrays = arrays.collect::<Vec<_>>().join(", "),
+            names = names("o", width).chain(names("c", written.len())).collect::<Vec<_>>().join(", "),
+            located = self.located(),
+            only = self.only(),
+            table = self.name,
+            assignments = assignments.collect::<Vec<_>>().join(", "),
+        )
+    }
+
+    /// The table's rows that look like a wanted one, those that look the same numbered. Compared as printed: works for types
+    /// without equality, and tells 1.0 from 1.00. IS NULL would also find a composite whose fields are all NULL.
+    fn located(&self) -> String {
+        let printed = self.columns.iter().map(|column| {
+            format!("CASE WHEN {0} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {0}) END", column.name)
+        });
+        format!(
+            "SELECT rows.*, row_number() OVER (PARTITION BY look) AS nth
+             FROM (SELECT tableoid, ctid, {} AS look FROM {}{}) AS rows
+             WHERE look IN (SELECT look FROM wanted)",
+            look(printed),
+            self.only(),
+            self.name
+        )
+    }
+
+    fn key_columns(&self) -> Vec<&PlannedColumn> {
+        match &self.finder {
+            Finder::Key(key) => key.iter().filter_map(|&at| self.columns.get(at)).collect(),
+            Finder::WholeRow | Finder::Nothing => Vec::new(),
+        }
+    }
+
+    fn matches(&self, key: &[&PlannedColumn]) -> String {
+        key.iter()
+            .enumerate()
+            .map(|(at, column)| {
+                format!("target.{} {} {}", column.name, column.equality, column.value(&format!("batch.k{at}")))
+            })
+            .collect::<Vec<_>>()
+            .join(" AND ")
+    }
+}
+
+/// A row as an array of texts, compared byte by byte.
+fn look(parts: impl Iterator<Item = String>) -> String {
+    format!("ARRAY[{}]::text[] COLLATE \"C\"", parts.collect::<Vec<_>>().join(", "))
+}
+
+/// The batch as a table.
+fn batch(columns: &[&PlannedColumn], prefix: &'static str, from: usize) -> String {
+    format!(
+        "unnest({}) AS batch ({})",
+        arrays(columns, from).collect::<Vec<_>>().join(", "),
+        names(prefix, columns.len()).collect::<Vec<_>>().join(", ")
+    )
+}
+
+fn arrays<'p>(columns: &'p [&PlannedColumn], from: usize) -> impl Iterator<Item = String> + use<'p> {
+    columns.iter().enumerate().map(move |(at, column)| column.array(from + at))
+}
+
+fn names(prefix: &'static str, count: usize) -> impl Iterator<Item = String> {
+    (0..count).map(move |at| format!("{prefix}{at}"))
+}
