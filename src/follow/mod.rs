@@ -22,6 +22,7 @@ mod pipeline;
 mod queue;
 mod reader;
 mod relation;
+mod rhythm;
 mod row;
 mod sets;
 mod slot;
@@ -232,7 +233,7 @@ impl Follow<'_> {
         let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
         let moved = Moved::new(moved.collect());
         let stream = self.stream(progress.lsn, version).await?;
-        let (sender, receiver) = queue::queue(self.config.follow.batch_max_bytes.max(1 << 20) * 2);
+        let (sender, receiver) = queue::queue((self.config.follow.batch_max_bytes / 2).max(1 << 20));
         let reader = reader::Reader::new(stream, slot, sender, self.durable.subscribe(), self.telemetry.clone());
         let applier = apply::Applier {
             settings: Settings {

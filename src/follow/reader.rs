@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Durable;
 use super::queue::{Sender, Weight};
+use super::rhythm::Rhythm;
 use super::slot::Slot;
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
@@ -27,6 +28,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 
 /// A chunk is handed on once it holds so much, even if more was read already, in bytes.
 const CHUNK: usize = 1024 * 1024;
+
+/// So much is read at once, in bytes.
+const GULP: usize = 4 * 1024 * 1024;
 
 /// What the applier receives, in the order of the stream.
 #[derive(Debug)]
@@ -50,6 +54,17 @@ pub(super) struct Reader {
     inside_transaction: bool,
     /// When the source last said something, or was last seen to work.
     last_heard: Instant,
+    rhythm: Rhythm,
+    /// Nothing is read before.
+    rest: Option<Instant>,
+}
+
+/// Reads what has arrived, once it is time to. Cancellation safe.
+async fn gulp(stream: &mut ReplicationStream, rest: Option<Instant>) -> Result<usize> {
+    if let Some(rest) = rest.filter(|rest| *rest > Instant::now()) {
+        tokio::time::sleep_until(rest.into()).await;
+    }
+    stream.gulp(GULP).await
 }
 
 impl Reader {
@@ -74,6 +89,8 @@ impl Reader {
             confirmed: Lsn::ZERO,
             inside_transaction: false,
             last_heard: Instant::now(),
+            rhythm: Rhythm::default(),
+            rest: None,
         }
     }
 
@@ -99,9 +116,9 @@ impl Reader {
                     Err(_) => return Ok(()),
                 },
                 _ = self.status.tick() => self.report().await?,
-                read = self.stream.fill() => {
-                    read?;
+                read = gulp(&mut self.stream, self.rest) => {
                     self.last_heard = Instant::now();
+                    self.rest = Some(self.last_heard + self.rhythm.read(read?, self.last_heard));
                     if !self.hand_on().await? {
                         return Ok(());
                     }

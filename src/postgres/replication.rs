@@ -6,6 +6,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BufMut, Bytes};
+use futures_util::FutureExt;
 
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::wire::{self, Mode, Wire};
@@ -160,6 +161,21 @@ impl ReplicationStream {
     /// The connection ended.
     pub async fn fill(&mut self) -> Result<usize> {
         self.wire.fill().await
+    }
+
+    /// The same, and then whatever else has arrived, up to about so many bytes. Cancellation safe.
+    ///
+    /// # Errors
+    /// The connection ended.
+    pub async fn gulp(&mut self, most: usize) -> Result<usize> {
+        let mut read = self.wire.fill().await?;
+        while read < most {
+            match self.wire.fill().now_or_never() {
+                Some(more) => read += more?,
+                None => break,
+            }
+        }
+        Ok(read)
     }
 
     /// Bytes read and not yet taken.
