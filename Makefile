@@ -1,11 +1,13 @@
 # Everything with one command, on a fresh machine with Rust, Node.js with npm, and Python 3 with pip.
 
-.PHONY: help provision build demo test lint deny clean
+.PHONY: help provision build demo bench test lint deny clean
 .DEFAULT_GOAL := help
 
 CARGO ?= cargo
 # What `make demo` hands on, such as DEMO="--rows 2000000 --keep".
 DEMO ?=
+# What `make bench` hands on, such as BENCH="a c --rounds 3 --scale 0.05".
+BENCH ?=
 # What `make test` hands on to the test runner, such as TEST="copy::" to run what has this in its name.
 TEST ?=
 
@@ -20,6 +22,9 @@ build: ## Build the release binary
 
 demo: build provision ## Move a live database between two throw-away servers
 	PATH="$(CURDIR)/.provision/client/18/bin:$$PATH" target/release/pgtandem demo $(DEMO)
+
+bench: build provision ## Measure how fast a backlog is followed, beside pgtandem's peers
+	$(CARGO) run --release --locked --quiet --manifest-path bench/Cargo.toml -- $(BENCH)
 
 # The documentation's examples first, so that the output ends with the summary of the tests.
 test: provision ## Run all tests, those against real servers included

@@ -1,0 +1,131 @@
+//! Who follows the source. Each gets a slot that stands where the backlog begins, and a target as it stood then.
+
+pub(crate) mod native;
+pub(crate) mod null;
+pub(crate) mod pgtandem;
+
+use anyhow::{Result, bail};
+use tokio_postgres::Client;
+
+use crate::process::Background;
+use crate::servers::{Server, Servers};
+use crate::stage::{DONE, Stage};
+
+/// The contenders, in the order of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub(crate) enum Contender {
+    /// The server's own subscription
+    Native,
+    /// This project
+    Pgtandem,
+    /// Reads everything and applies nothing: what decoding alone takes
+    Null,
+}
+
+impl Contender {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native subscription",
+            Self::Pgtandem => "pgtandem",
+            Self::Null => "null reader",
+        }
+    }
+
+    /// The server that it applies to.
+    pub(crate) fn target(self, servers: &Servers) -> Option<&Server> {
+        match self {
+            Self::Native => Some(&servers.target),
+            Self::Pgtandem => Some(&servers.pgtandem_target),
+            Self::Null => None,
+        }
+    }
+
+    /// The slot that it reads in a drain.
+    pub(crate) fn slot(self) -> &'static str {
+        match self {
+            Self::Pgtandem => pgtandem::SLOT,
+            Self::Native | Self::Null => "drain",
+        }
+    }
+
+    /// Does everything that is not measured. The slot and the target are ready.
+    pub(crate) async fn prepare<'a>(self, stage: &Stage<'a>) -> Result<Ready<'a>> {
+        match self {
+            Self::Native => native::Subscription::create(stage, self.slot()).await.map(Ready::Native),
+            Self::Pgtandem => pgtandem::Commands::of(stage).map(Ready::Pgtandem),
+            Self::Null => Ok(Ready::Null(null::Order::of(stage, self.slot()))),
+        }
+    }
+}
+
+/// A contender that waits for its start.
+pub(crate) enum Ready<'a> {
+    Native(native::Subscription<'a>),
+    Pgtandem(pgtandem::Commands),
+    Null(null::Order),
+}
+
+impl<'a> Ready<'a> {
+    /// From here on it is measured.
+    pub(crate) async fn start(self) -> Result<Running<'a>> {
+        match self {
+            Self::Native(subscription) => subscription.enable().await.map(Running::Native),
+            Self::Pgtandem(commands) => commands.run().map(Running::Daemon),
+            Self::Null(order) => order.start().await.map(Running::Null),
+        }
+    }
+}
+
+/// A contender that drains.
+pub(crate) enum Running<'a> {
+    Native(native::Subscription<'a>),
+    Daemon(Background),
+    Null(null::Reader),
+}
+
+impl Running<'_> {
+    /// The program that does it; none where the server does.
+    pub(crate) fn process_id(&self) -> Option<u32> {
+        match self {
+            Self::Native(_) => None,
+            Self::Daemon(daemon) => daemon.id(),
+            Self::Null(reader) => reader.process_id(),
+        }
+    }
+
+    /// Whether the last transaction of the backlog has arrived.
+    ///
+    /// # Errors
+    /// Its program ended before.
+    pub(crate) async fn is_done(&mut self, target: Option<&Client>) -> Result<bool> {
+        match self {
+            Self::Null(reader) => return reader.is_done(),
+            Self::Daemon(daemon) => {
+                if let Some(status) = daemon.ended()? {
+                    bail!("it ended with {status}: {}", daemon.last_words());
+                }
+            }
+            Self::Native(_) => {}
+        }
+        let Some(target) = target else { bail!("there is no target to look at") };
+        Ok(target.query_opt(&format!("SELECT FROM {DONE}"), &[]).await?.is_some())
+    }
+
+    /// What it last said, where it says anything.
+    pub(crate) fn last_words(&self) -> String {
+        match self {
+            Self::Native(subscription) => subscription.last_words(),
+            Self::Daemon(daemon) => daemon.last_words(),
+            Self::Null(reader) => reader.last_words(),
+        }
+    }
+
+    /// Stops it; the slot is free soon after.
+    pub(crate) async fn stop(self) -> Result<()> {
+        match self {
+            Self::Native(subscription) => subscription.drop().await,
+            Self::Daemon(daemon) => daemon.stop().await.map(drop),
+            Self::Null(reader) => reader.stop().await,
+        }
+    }
+}

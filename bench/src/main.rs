@@ -1,0 +1,72 @@
+//! How fast a backlog is followed, and what that costs: pgtandem beside the native subscription, pgcopydb, and a reader that
+//! applies nothing. `bench/README.md` says what is measured and how to read it.
+//!
+//! | file | what it owns |
+//! |---|---|
+//! | [`options`] | the command line |
+//! | [`programs`] | where the programs are: servers, clients, pgtandem, pgcopydb |
+//! | [`servers`] | a source and two targets, thrown away at the end |
+//! | [`process`] | programs that are run: to their end, or until they are stopped |
+//! | [`guard`] | ending what was started when this program itself cannot |
+//! | [`workload`] | what the source has done that is to be followed |
+//! | [`contender`] | who follows it |
+//! | [`stage`] | one workload set up: databases, slots, the backlog |
+//! | [`drain`] | one contender drains one backlog |
+//! | [`measure`] | processor time and memory of processes |
+//! | [`same`] | whether a target holds what the source holds |
+//! | [`report`] | tables for people, JSON for programs |
+//! | [`machine`] | what all this ran on |
+
+mod contender;
+mod drain;
+mod guard;
+mod machine;
+mod measure;
+mod options;
+mod process;
+mod programs;
+mod report;
+mod same;
+mod servers;
+mod stage;
+mod workload;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::options::Options;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = if options.null_reader { contender::null::read().await.map(|()| true) } else { run(&options).await };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs every workload; false if a target was not identical to the source, or a contender that must drain did not.
+async fn run(options: &Options) -> anyhow::Result<bool> {
+    let programs = programs::Programs::find(options)?;
+    let mut report = report::Report::begin(options, &programs).await?;
+    let servers = servers::Servers::start(&programs).await?;
+    report.print_head();
+    for kind in options.workloads() {
+        let results = stage::play(kind, options, &programs, &servers).await?;
+        report.add(results);
+    }
+    report.write_json(options)?;
+    report.print_verdict();
+    Ok(report.all_good())
+}
+
+/// Says on stderr what happens.
+pub(crate) fn say(text: impl std::fmt::Display) {
+    eprintln!("bench: {text}");
+}

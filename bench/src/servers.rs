@@ -1,0 +1,323 @@
+//! A source and two targets: throw-away servers on the loopback, with the same settings for everyone.
+//!
+//! PostgreSQL refuses to run as root; started by root, the servers run as `postgres` or, where there is none, as `nobody`.
+//! Nothing is left of them, also when this program is killed.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use tokio_postgres::{Client, Config, NoTls};
+
+use crate::guard::Guard;
+use crate::programs::{Installation, Programs};
+use crate::say;
+
+pub(crate) const SUPERUSER: &str = "postgres";
+
+/// How long a server may take to start.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What all servers are started with, beside their port. Everything else is PostgreSQL's default, `fsync` included.
+pub(crate) const SETTINGS: [(&str, &str); 13] = [
+    ("listen_addresses", "127.0.0.1"),
+    ("unix_socket_directories", ""),
+    ("wal_level", "logical"),
+    ("max_wal_senders", "20"),
+    ("max_replication_slots", "20"),
+    ("max_slot_wal_keep_size", "-1"),
+    ("shared_buffers", "512MB"),
+    ("maintenance_work_mem", "256MB"),
+    ("max_wal_size", "64GB"),
+    ("checkpoint_timeout", "1d"),
+    ("autovacuum", "off"),
+    ("log_min_messages", "warning"),
+    ("log_line_prefix", "%m [%p] %q%a "),
+];
+
+/// Who runs the servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ServerUser {
+    /// Whoever runs this program.
+    Same,
+    /// An unprivileged user, since this program runs as root.
+    Other { uid: u32, gid: u32 },
+}
+
+impl ServerUser {
+    fn choose() -> Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            return Ok(Self::Same);
+        }
+        let passwd = fs::read_to_string("/etc/passwd").context("looking for an unprivileged user")?;
+        let named = |name: &str| {
+            let line = passwd.lines().find(|line| line.split(':').next() == Some(name))?;
+            let mut numbers = line.split(':').skip(2).map(str::parse::<u32>);
+            Some(Self::Other { uid: numbers.next()?.ok()?, gid: numbers.next()?.ok()? })
+        };
+        ["postgres", "nobody"]
+            .into_iter()
+            .find_map(named)
+            .context("PostgreSQL refuses to run as root, and there is no user postgres or nobody")
+    }
+
+    /// A command that this user runs, in a folder that every user may stand in.
+    pub(crate) fn command(self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        command.current_dir("/").stdin(Stdio::null());
+        if let Self::Other { uid, gid } = self {
+            command.uid(uid).gid(gid);
+        }
+        command
+    }
+
+    fn give(self, path: &Path) -> Result<()> {
+        match self {
+            Self::Same => Ok(()),
+            Self::Other { uid, gid } => {
+                chown(path, Some(uid), Some(gid)).with_context(|| format!("giving {} away", path.display()))
+            }
+        }
+    }
+}
+
+/// The three servers and the folder that they lie in.
+pub(crate) struct Servers {
+    // In this order they are dropped: the servers are stopped before their folder goes.
+    pub(crate) source: Server,
+    /// Where everyone but pgtandem applies.
+    pub(crate) target: Server,
+    /// Where pgtandem applies: its state is part of the target.
+    pub(crate) pgtandem_target: Server,
+    pub(crate) folder: Folder,
+}
+
+impl Servers {
+    pub(crate) async fn start(programs: &Programs) -> Result<Self> {
+        say(format!("starting a source {} and two targets {}", programs.source.major, programs.target.major));
+        let user = ServerUser::choose()?;
+        let folder = Folder::create(user)?;
+        let source = Server::start("source", &programs.source, user, &folder).await?;
+        let target = Server::start("target", &programs.target, user, &folder).await?;
+        let pgtandem_target = Server::start("pgtandem-target", &programs.target, user, &folder).await?;
+        Ok(Self { source, target, pgtandem_target, folder })
+    }
+}
+
+/// A folder that the servers' user can pass; removed when dropped.
+pub(crate) struct Folder {
+    path: PathBuf,
+    _guard: Guard,
+}
+
+impl Folder {
+    fn create(user: ServerUser) -> Result<Self> {
+        // A TMPDIR of root's own may be closed to others; /tmp is not.
+        let parent = if user == ServerUser::Same { std::env::temp_dir() } else { PathBuf::from("/tmp") };
+        let made = tempfile::Builder::new().prefix("pgtandem-bench-").tempdir_in(parent).context("making a folder")?;
+        let path = made.keep();
+        let folder = Self { _guard: Guard::over_folder(path.as_os_str())?, path };
+        fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o711)).context("opening the folder")?;
+        Ok(folder)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Passwords of all servers, for programs that use libpq.
+    pub(crate) fn passfile(&self) -> PathBuf {
+        self.path.join("pgpass")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.path).ok();
+    }
+}
+
+/// A running server; stopped when dropped.
+pub(crate) struct Server {
+    name: &'static str,
+    pub(crate) major: u16,
+    bin: PathBuf,
+    user: ServerUser,
+    data: PathBuf,
+    port: u16,
+    password: String,
+    passfile: PathBuf,
+    postmaster: Child,
+    _guard: Guard,
+}
+
+impl Server {
+    async fn start(name: &'static str, installed: &Installation, user: ServerUser, folder: &Folder) -> Result<Self> {
+        let starting = || format!("starting the {name} (PostgreSQL {})", installed.major);
+        let room = folder.path().join(name);
+        fs::create_dir(&room).with_context(starting)?;
+        user.give(&room)?;
+        let (data, password, port) = (room.join("data"), random_password()?, free_port()?);
+        initialise(installed, user, &room, &data, &password).await.with_context(starting)?;
+        let log = fs::File::create(room.join("log")).with_context(starting)?;
+        let mut postgres = user.command(installed.bin.join("postgres"));
+        postgres.arg("-D").arg(&data).arg("-p").arg(port.to_string());
+        for (setting, value) in SETTINGS {
+            postgres.arg("-c").arg(format!("{setting}={value}"));
+        }
+        // A group of its own: an interrupt from the terminal is for this program.
+        postgres.process_group(0).stdout(log.try_clone()?).stderr(log);
+        let guard = Guard::over_server(user, installed.bin.join("pg_ctl").as_os_str(), data.as_os_str())?;
+        let postmaster = postgres.spawn().with_context(starting)?;
+        let mut server = Self {
+            name,
+            major: installed.major,
+            bin: installed.bin.clone(),
+            user,
+            data,
+            port,
+            password,
+            passfile: folder.passfile(),
+            postmaster,
+            _guard: guard,
+        };
+        server.wait_until_up().await.with_context(starting)?;
+        append_private(&server.passfile, &format!("127.0.0.1:{port}:*:*:{}\n", server.password))?;
+        Ok(server)
+    }
+
+    async fn wait_until_up(&mut self) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let Err(error) = self.connect("postgres").await else { return Ok(()) };
+            if let Some(status) = self.postmaster.try_wait().context("looking after postgres")? {
+                bail!("postgres ended with {status}: {}", self.last_words());
+            }
+            if started.elapsed() > START_DEADLINE {
+                return Err(error);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// The process whose children are all others of the server.
+    pub(crate) fn postmaster(&self) -> u32 {
+        self.postmaster.id()
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(crate) fn password(&self) -> &str {
+        &self.password
+    }
+
+    /// The end of the server's log.
+    pub(crate) fn last_words(&self) -> String {
+        tail(&self.data.with_file_name("log"), 5)
+    }
+
+    pub(crate) async fn connect(&self, database: &str) -> Result<Client> {
+        let mut config = Config::new();
+        config.host("127.0.0.1").port(self.port).user(SUPERUSER).password(&self.password).dbname(database);
+        config.application_name("bench").connect_timeout(Duration::from_secs(5));
+        let (client, connection) =
+            config.connect(NoTls).await.with_context(|| format!("connecting to {database} of the {}", self.name))?;
+        tokio::spawn(async move {
+            // What ends a connection is told to the client's next call as well.
+            connection.await.ok();
+        });
+        Ok(client)
+    }
+
+    /// Runs statements in a session of their own.
+    pub(crate) async fn execute(&self, database: &str, sql: &str) -> Result<()> {
+        let client = self.connect(database).await?;
+        client.batch_execute(sql).await.with_context(|| format!("{database} of the {}: {}", self.name, shortened(sql)))
+    }
+
+    /// A connection string without a password in it: libpq, and pgtandem, read the file that it names.
+    pub(crate) fn url(&self, database: &str) -> String {
+        format!("postgresql://{SUPERUSER}@127.0.0.1:{}/{database}?passfile={}", self.port, self.passfile.display())
+    }
+
+    /// The keyword form with the password, for a subscription on a server of another user.
+    pub(crate) fn conninfo_with_password(&self, database: &str) -> String {
+        format!("host=127.0.0.1 port={} user={SUPERUSER} dbname={database} password={}", self.port, self.password)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let mut pg_ctl = self.user.command(self.bin.join("pg_ctl"));
+        pg_ctl.args(["stop", "-s", "-m", "immediate", "-D"]).arg(&self.data);
+        if !pg_ctl.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+            self.postmaster.kill().ok();
+        }
+        self.postmaster.wait().ok();
+    }
+}
+
+async fn initialise(
+    installed: &Installation,
+    user: ServerUser,
+    room: &Path,
+    data: &Path,
+    password: &str,
+) -> Result<()> {
+    let password_file = room.join("password");
+    append_private(&password_file, password)?;
+    user.give(&password_file)?;
+    let mut initdb = user.command(installed.bin.join("initdb"));
+    initdb.args(["--username", SUPERUSER, "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync"]);
+    initdb.arg("--pwfile").arg(&password_file).arg("--pgdata").arg(data);
+    let output = tokio::process::Command::from(initdb).output().await.context("running initdb")?;
+    fs::remove_file(&password_file).context("removing the password file")?;
+    if !output.status.success() {
+        bail!("initdb: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// A port that was free a moment ago.
+pub(crate) fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).context("looking for a free port")?;
+    Ok(listener.local_addr().context("looking for a free port")?.port())
+}
+
+/// The last lines of a file, as one line.
+pub(crate) fn tail(file: &Path, lines: usize) -> String {
+    let bytes = fs::read(file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let all: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    all[all.len().saturating_sub(lines)..].join(" / ")
+}
+
+fn append_private(path: &Path, text: &str) -> Result<()> {
+    fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("writing {}", path.display()))
+}
+
+fn random_password() -> Result<String> {
+    let mut bytes = [0; 16];
+    fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).context("making a password")?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn shortened(sql: &str) -> String {
+    let words: Vec<&str> = sql.split_whitespace().take(12).collect();
+    words.join(" ")
+}

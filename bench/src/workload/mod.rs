@@ -1,0 +1,139 @@
+//! What the source has done that is to be followed.
+//!
+//! A workload has two halves. Its first state is made by the same statements on the source and on the native target, so it
+//! depends on nothing but the size. Its backlog is what the source then does while nobody follows.
+
+mod bulk;
+mod indexed;
+mod keyless;
+mod shop;
+mod tpcb;
+mod wide;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use tokio::process::Command;
+
+use crate::options::Options;
+use crate::process;
+use crate::programs::Programs;
+use crate::servers::{SUPERUSER, Server, Servers};
+
+/// The workloads, by the letters of the README.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Kind {
+    /// pgbench's TPC-B transactions
+    A,
+    /// Inserts, updates and deletes in three large transactions
+    B,
+    /// Single-row updates on a table with five secondary indexes
+    C,
+    /// Wide rows with jsonb, arrays and TOAST
+    D,
+    /// Updates of a table with REPLICA IDENTITY FULL and no key
+    E,
+    /// A mixed load over 50 tables with foreign keys
+    F,
+}
+
+impl Kind {
+    pub(crate) fn letter(self) -> char {
+        match self {
+            Self::A => 'a',
+            Self::B => 'b',
+            Self::C => 'c',
+            Self::D => 'd',
+            Self::E => 'e',
+            Self::F => 'f',
+        }
+    }
+
+    /// What it is at this size, in a line.
+    pub(crate) fn title(self, options: &Options) -> String {
+        match self {
+            Self::A => tpcb::title(options),
+            Self::B => bulk::title(options),
+            Self::C => indexed::title(options),
+            Self::D => wide::title(options),
+            Self::E => keyless::title(options),
+            Self::F => shop::title(options),
+        }
+    }
+
+    /// Makes the first state in an empty database.
+    pub(crate) async fn set_up(self, place: &Place<'_>) -> Result<()> {
+        match self {
+            Self::A => tpcb::set_up(place).await,
+            Self::B => bulk::set_up(place).await,
+            Self::C => indexed::set_up(place).await,
+            Self::D => wide::set_up(place).await,
+            Self::E => keyless::set_up(place).await,
+            Self::F => shop::set_up(place).await,
+        }
+    }
+
+    /// Does what is to be followed.
+    pub(crate) async fn make_backlog(self, place: &Place<'_>) -> Result<()> {
+        match self {
+            Self::A => tpcb::make_backlog(place).await,
+            Self::B => bulk::make_backlog(place).await,
+            Self::C => indexed::make_backlog(place).await,
+            Self::D => wide::make_backlog(place).await,
+            Self::E => keyless::make_backlog(place).await,
+            Self::F => shop::make_backlog(place).await,
+        }
+    }
+}
+
+/// One database, and what it takes to fill it.
+pub(crate) struct Place<'a> {
+    pub(crate) options: &'a Options,
+    pub(crate) programs: &'a Programs,
+    pub(crate) servers: &'a Servers,
+    pub(crate) server: &'a Server,
+    pub(crate) database: &'a str,
+}
+
+impl Place<'_> {
+    pub(crate) fn scaled(&self, full: u64) -> u64 {
+        self.options.scaled(full)
+    }
+
+    /// Each statement is a transaction of its own.
+    pub(crate) async fn execute_each(&self, statements: &[String]) -> Result<()> {
+        let client = self.server.connect(self.database).await?;
+        for statement in statements {
+            let outcome = client.batch_execute(statement).await;
+            anyhow::Context::with_context(outcome, || statement.clone())?;
+        }
+        Ok(())
+    }
+
+    /// pgbench on this database. Commits are not waited for: that makes a backlog faster, and its log is the same.
+    pub(crate) fn pgbench(&self) -> Command {
+        let mut command = Command::new(self.programs.pgbench());
+        command.args(["-h", "127.0.0.1", "-p", &self.server.port().to_string(), "-U", SUPERUSER]);
+        command.env("PGPASSFILE", self.servers.folder.passfile()).env("PGOPTIONS", "-c synchronous_commit=off");
+        command
+    }
+
+    pub(crate) async fn run_pgbench(&self, mut command: Command) -> Result<()> {
+        command.arg(self.database);
+        process::run(command, &self.servers.folder.path().join("pgbench.log")).await
+    }
+
+    /// Runs scripts, chosen by their weights, by four clients, so many transactions together.
+    pub(crate) async fn run_scripts(&self, transactions: u64, scripts: &[(&str, u32, String)]) -> Result<()> {
+        let mut command = self.pgbench();
+        command.args(["-n", "-c", "4", "-j", "2", "-t", &transactions.div_ceil(4).to_string()]);
+        // So that every run does the same.
+        command.arg("--random-seed=1");
+        for (name, weight, text) in scripts {
+            let file: PathBuf = self.servers.folder.path().join(format!("{name}.sql"));
+            std::fs::write(&file, text)?;
+            command.arg("-f").arg(format!("{}@{weight}", file.display()));
+        }
+        self.run_pgbench(command).await
+    }
+}
