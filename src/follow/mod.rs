@@ -27,6 +27,7 @@ mod row;
 mod sets;
 mod slot;
 pub mod subscription;
+mod target_table;
 pub mod unkeyed;
 pub(crate) mod watching;
 

@@ -3,15 +3,17 @@
 //! Values travel as the source printed them, and are read by the input function of their column's type: an array of a type reads
 //! its elements so, and COPY reads its fields so. The rows of a batch are a table of arrays, one for each column.
 
+use std::sync::Arc;
+
 use bytes::{BufMut, BytesMut};
 
 use super::net::{Alike, Keyed, Updates};
 use super::pipeline::{Pipeline, Purpose, Set, StatementKey};
-use super::relation::{Finder, Many, Plan, PlannedColumn};
+use super::relation::{Finder, Plan, PlannedColumn};
 use super::row::text;
+use super::target_table::Many;
 use crate::error::Result;
 use crate::postgres::pgoutput::{Tuple, Value};
-use std::sync::Arc;
 
 /// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small.
 const STATEMENT: usize = 4 << 20;
@@ -63,7 +65,8 @@ impl Pipeline {
             let columns: Vec<_> = looks().collect();
             let mut parameters = Parameters::new(columns.iter());
             for old in &net.deletes {
-                parameters.tuple(plan, old, |_| true)?;
+                let row = old.values().map(|value| text(value, plan)).collect::<Result<Vec<_>>>()?;
+                parameters.row(row.into_iter());
             }
             self.set(plan, Set::DeleteAlike, Vec::new(), parameters, || plan.delete_alike()).await?;
         }
@@ -143,15 +146,6 @@ impl Parameters {
             element(array, value);
         }
         self.rows += 1;
-    }
-
-    fn tuple(&mut self, plan: &Plan, row: &Tuple, which: impl Fn(usize) -> bool) -> Result<()> {
-        let mut values = Vec::with_capacity(row.len());
-        for (_, value) in row.values().enumerate().filter(|(at, _)| which(*at)) {
-            values.push(text(value, plan)?);
-        }
-        self.row(values.into_iter());
-        Ok(())
     }
 
     fn finish(self) -> Vec<BytesMut> {
@@ -375,4 +369,44 @@ fn arrays<'p>(columns: &'p [&PlannedColumn], from: usize) -> impl Iterator<Item 
 
 fn names(prefix: &'static str, count: usize) -> impl Iterator<Item = String> {
     (0..count).map(move |at| format!("{prefix}{at}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::relation::tests::planned;
+    use super::*;
+
+    #[test]
+    fn elements_stand_in_quotes_unless_they_are_plain_numbers() {
+        let mut array = BytesMut::new();
+        for value in [&b"-1.5"[..], b"", b"null", b"a,b", b"\"\\", b"{}", b"12:30"] {
+            element(&mut array, Some(value));
+            array.put_u8(b'|');
+        }
+        element(&mut array, None);
+        assert_eq!(&array[..], br#"-1.5|""|"null"|"a,b"|"\"\\"|"{}"|"12:30"|NULL"#);
+    }
+
+    #[test]
+    fn fields_of_a_copy_are_escaped() {
+        let mut line = BytesMut::new();
+        field(&mut line, b"a\tb\nc\rd\\N");
+        assert_eq!(&line[..], br"a\tb\nc\rd\\N");
+    }
+
+    #[test]
+    fn statements_name_everything_by_its_type() {
+        let mut plan = planned(Finder::Key(vec![0]), 3);
+        plan.columns[2].many = Many::Text;
+        assert_eq!(
+            plan.update_set(&[1, 2]),
+            r#"UPDATE ONLY "public"."t" AS target SET "c1" = batch.c0, "c2" = batch.c1::"pg_catalog"."text" FROM unnest($1::"pg_catalog"."text"[], $2::"pg_catalog"."text"[], $3::text[]) AS batch (k0, c0, c1) WHERE target."c0" OPERATOR(pg_catalog.=) batch.k0"#
+        );
+        assert_eq!(
+            plan.delete_set(),
+            r#"DELETE FROM ONLY "public"."t" AS target USING unnest($1::"pg_catalog"."text"[]) AS batch (k0) WHERE target."c0" OPERATOR(pg_catalog.=) batch.k0"#
+        );
+        assert!(plan.update_set(&[]).contains(r#"SET "c0" = target."c0" FROM"#));
+        assert_eq!(plan.copy_set(), r#"COPY "public"."t" ("c0", "c1", "c2") FROM STDIN"#);
+    }
 }

@@ -33,8 +33,12 @@ pub enum Mode {
 /// How long a login may take where the connection string sets no limit.
 const LOGIN_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How much room a read is given at least, in bytes.
+/// How much room reads are given at a time, in bytes.
 const READ_ROOM: usize = 256 * 1024;
+
+/// Less room than this is not worth a read, in bytes. New room is a new block, and what was read into the old one keeps all of
+/// it: a block for each read would multiply the memory of small messages.
+const LEAST_ROOM: usize = 16 * 1024;
 
 /// A buffer that grew beyond this is given back once messages are small again, in bytes.
 const KEPT_ROOM: usize = 1024 * 1024;
@@ -277,7 +281,9 @@ impl Wire {
     /// # Errors
     /// Class retry: the connection ended.
     pub async fn fill(&mut self) -> Result<usize> {
-        self.inbound.reserve(READ_ROOM);
+        if self.inbound.capacity() - self.inbound.len() < LEAST_ROOM {
+            self.inbound.reserve(READ_ROOM);
+        }
         match self.stream.read_buf(&mut self.inbound).await {
             Ok(0) => Err(Error::new(Class::Retry, "connection_lost", "the server closed the connection")),
             Ok(count) => Ok(count),
