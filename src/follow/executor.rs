@@ -100,7 +100,7 @@ impl Executor {
                 return self.own(RELEASE).await;
             };
             tracing::debug!(%error, "the changes of {} are applied one by one", culprit.name.plain());
-            self.telemetry.fallback(error.code());
+            self.telemetry.fallback(reason(&error));
             culprit.sets.refused();
             ordered.insert(culprit.generation);
             self.own(ROLLBACK).await?;
@@ -227,6 +227,16 @@ impl Executor {
             self.telemetry.missing_row(&row.table);
         }
         Ok(())
+    }
+}
+
+/// Of a statement for a set that did not do what it should, as a label.
+fn reason(error: &Error) -> &'static str {
+    match error.sqlstate() {
+        None => "rows_not_found",
+        Some("23505") => "unique_violation",
+        Some("23P01") => "exclusion_violation",
+        Some(_) => "refused",
     }
 }
 

@@ -115,7 +115,12 @@ impl<'c> Key<'c> {
     /// neighbours in the index.
     fn order(&self, other: &Self) -> std::cmp::Ordering {
         let one = |a: &[u8], b: &[u8]| a.len().cmp(&b.len()).then_with(|| a.cmp(b));
-        self.parts().iter().zip(other.parts()).map(|(a, b)| one(a, b)).find(|o| o.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
+        self.parts()
+            .iter()
+            .zip(other.parts())
+            .map(|(a, b)| one(a, b))
+            .find(|o| o.is_ne())
+            .unwrap_or(std::cmp::Ordering::Equal)
     }
 }
 

@@ -38,8 +38,7 @@ impl Pipeline {
         for Updates { set, rows } in &net.updates {
             let mut rows = rows.iter();
             while rows.len() > 0 {
-                let mut parameters =
-                    Parameters::new(key.iter().chain(set).filter_map(|&at| plan.columns.get(at)));
+                let mut parameters = Parameters::new(key.iter().chain(set).filter_map(|&at| plan.columns.get(at)));
                 while let Some((key, row)) = rows.next() {
                     let values: Vec<Value<'_>> = row.values().collect();
                     let mut written = Vec::with_capacity(set.len());
@@ -71,8 +70,7 @@ impl Pipeline {
             self.set(plan, Set::DeleteAlike, Vec::new(), parameters, || plan.delete_alike()).await?;
         }
         if !net.updates.is_empty() {
-            let columns: Vec<_> =
-                looks().chain(plan.columns.iter().filter(|column| column.written).cloned()).collect();
+            let columns: Vec<_> = looks().chain(plan.columns.iter().filter(|column| column.written).cloned()).collect();
             let mut parameters = Parameters::new(columns.iter());
             for (old, new) in &net.updates {
                 let mut row = Vec::with_capacity(columns.len());

@@ -188,7 +188,7 @@ impl Sides {
 }
 
 /// One request to the daemon's HTTP side, at the address that it logged.
-async fn get(daemon: &Running, path: &str) -> String {
+pub async fn get(daemon: &Running, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let log = daemon.stderr();
     let address = log.split("address=").nth(1).and_then(|rest| rest.split_whitespace().next()).expect("an address");

@@ -25,6 +25,7 @@ mod regression_database;
 mod schema;
 mod schema_changes;
 mod scope;
+mod sets;
 mod subscription;
 mod telemetry;
 mod unkeyed;
