@@ -183,7 +183,7 @@ async fn a_slot_that_goes_back_at_the_take_over_doubles_nothing() {
     let mut daemon = stage.program.spawn(&["run"]);
     stage.works(&mut daemon).await;
     // then no line of the table without a key is there twice.
-    let captured = "select count(*) from pg_event_trigger where evtname like 'pgtandem%'";
+    let captured = "select count(*) from pg_event_trigger where evtname like '%pgtandem%'";
     assert_eq!(stage.from.query_string(captured).await, "0");
     stage.change(2).await;
     stage.cut_over(daemon).await;

@@ -18,7 +18,9 @@
 //!   applied, the shapes of both sides are compared anyway.
 
 pub mod capture;
+mod describing;
 mod event;
+mod publishing;
 mod replay;
 mod statement;
 
