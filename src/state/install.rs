@@ -135,6 +135,10 @@ CREATE TABLE IF NOT EXISTS pgtandem.ddl (
     PRIMARY KEY (move, lsn, ordinal)
 );
 
+ALTER TABLE pgtandem.ddl
+    ADD COLUMN IF NOT EXISTS text_digest text,
+    ADD COLUMN IF NOT EXISTS position    bigint;
+
 CREATE TABLE IF NOT EXISTS pgtandem.missing_row (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     move       text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,

@@ -483,7 +483,31 @@ impl<'a> Walk<'a> {
             }
         }
         s.store.plan_tables(&new).await?;
+        if captured {
+            self.copy_unpublished().await?;
+        }
         Ok(!self.nothing_to_copy().await?)
+    }
+
+    /// Where schema changes come with the stream, a table that could not be published in its own transaction is published by the
+    /// next copy, before its cut; what changed until then is in that copy. One that has another name by now may be meant by
+    /// an old name: then a table is copied that did not need it, and the other one when it is known by its name.
+    async fn copy_unpublished(&self) -> Result<()> {
+        let s = self.supervisor;
+        let records = s.store.tables().await?;
+        let copied: HashSet<QualifiedName> = records
+            .into_iter()
+            .filter(|table| table.state == TableState::Copied && !self.gone.contains(&table.name))
+            .map(|table| table.name)
+            .collect();
+        let mut tables = self.tables().await?;
+        tables.retain(|table| copied.contains(&table.name));
+        let session = s.source.connect("catalog").await?;
+        let unpublished = publication::unpublished(&*session, self.publications(), &tables).await?;
+        for table in &unpublished {
+            tracing::warn!(table = %table.plain(), "changes of the table were not published; it is published and copied again");
+        }
+        if unpublished.is_empty() { Ok(()) } else { s.store.copy_again(self.epoch, &unpublished).await }
     }
 
     pub(super) async fn follow(&mut self) -> Result<Option<End>> {

@@ -1,5 +1,7 @@
 //! Changes of the schema while a move follows: carried in order with the rows around them, or waited for with a way on.
 
+mod capture;
+
 use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, Running, assert_same, wait_until};
 
 const CONTENT: &str = "
@@ -116,6 +118,10 @@ alter table made drop column mood; update made set v = 'without a mood' where id
 alter table accounts disable row level security; create policy nobody on accounts using (false)
 create domain app2.positive as int check (value > 0); create table with_domain (id app2.positive primary key); insert into with_domain values (5)
 alter sequence app2.numbers increment 5; select nextval('app2.numbers')
+alter table accounts drop constraint if exists tall; alter table accounts add constraint tall check (level < 1000)
+alter table accounts drop constraint if exists tall; alter table accounts add constraint tall check (level < 2000); create index on accounts (owner)
+begin; savepoint s; create index on accounts (level); rollback to s; create index on accounts (balance); commit
+create index on accounts (lower(owner)); create index on accounts (upper(owner)); alter table accounts alter level set default 9
 "#;
 
 /// What rows do not show: keys, indexes, constraints, triggers, views, functions, types, policies, comments, owners.
