@@ -17,8 +17,8 @@ use crate::follow::{Follow, TABLES_TO_COPY, subscription, unkeyed, watching};
 use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
-use crate::postgres::{QualifiedName, Session};
-use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
+use crate::postgres::{Lsn, QualifiedName, Session};
+use crate::schema::{self, Archive, DataArchive, DumpRequest, ForeignKeys, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
 
 /// In bytes of WAL: a busy source is never at exactly zero.
@@ -37,6 +37,8 @@ pub(super) struct Walk<'a> {
 struct Kit {
     programs: Programs,
     archive: Archive,
+    /// The foreign keys of the source right before it was dumped.
+    foreign_keys: ForeignKeys,
     /// Whether our sessions on the target may keep triggers and foreign keys from firing.
     replica_role: bool,
 }
@@ -56,12 +58,13 @@ impl<'a> Walk<'a> {
             s.telemetry.activity("dumping the schema");
             let request =
                 DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
+            let foreign_keys = ForeignKeys::all(&source).await?;
             let archive = schema::dump(request).await?;
             for what in archive.left_out() {
                 tracing::info!("left out: {what}");
             }
             let replica_role = schema::can_set_replica_role(&target).await?;
-            self.kit = Some(Kit { programs, archive, replica_role });
+            self.kit = Some(Kit { programs, archive, foreign_keys, replica_role });
         }
         self.kit.as_ref().ok_or_else(|| Error::bug("the schema's archive was made and is not there"))
     }
@@ -337,12 +340,12 @@ impl<'a> Walk<'a> {
             return Ok(None);
         }
         let complete = self.schema_comes_with_the_stream().await?;
-        if !complete {
-            self.kit().await?;
-        }
         let record = s.record().await?;
         let replica_role = self.can_set_replica_role().await?;
         let mut beyond = record.last_cut_lsn.unwrap_or_default();
+        if !complete {
+            beyond = beyond.max(self.kit_of_today().await?);
+        }
         if s.config.follow.engine == Engine::Subscription {
             // A worker cannot read what was captured: our stream goes past the last of it. The end of the log is asked each
             // time, for a death may have come between the two.
@@ -371,6 +374,10 @@ impl<'a> Walk<'a> {
             return Ok(Some(End::Stopped));
         }
         if !complete {
+            if self.foreign_keys_changed().await? {
+                tracing::info!("foreign keys of the source changed meanwhile; following on before they are added");
+                return Ok(None);
+            }
             let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
             if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
                 return Ok(Some(End::Stopped));
@@ -378,6 +385,27 @@ impl<'a> Walk<'a> {
         }
         s.enter_phase(Phase::Follow).await?;
         Ok(None)
+    }
+
+    /// A dump with the foreign keys of this moment, and a point of the source's log behind it.
+    ///
+    /// The target has none of them yet, so one that is dropped on the source meanwhile is carried as one that was not there, and
+    /// the dump would bring it back. Therefore: the keys are read, then the schema is dumped, then everything up to the end of the log
+    /// is followed, and the keys are read again. If they are the same, those of the dump are those that the target must have
+    /// where it stands; if not, all of this is done again.
+    async fn kit_of_today(&mut self) -> Result<Lsn> {
+        if self.kit.is_some() && self.foreign_keys_changed().await? {
+            self.kit = None;
+        }
+        self.kit().await?;
+        catalog::end_of_log(&*self.supervisor.source.connect("catalog").await?).await
+    }
+
+    /// Whether the source has other foreign keys than when the schema was dumped.
+    async fn foreign_keys_changed(&self) -> Result<bool> {
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let session = self.supervisor.source.connect("catalog").await?;
+        Ok(ForeignKeys::all(&session).await? != kit.foreign_keys)
     }
 
     /// What only a state that the source once had satisfies.

@@ -275,3 +275,38 @@ async fn a_table_with_a_filled_column_is_not_copied_by_every_later_change() {
     assert_eq!(copies(), before, "{}", daemon.stderr());
     sides.arrives_whole(daemon).await;
 }
+
+/// Foreign keys are added when the rows are there; one that the source has dropped meanwhile does not come back.
+#[tokio::test]
+async fn a_foreign_key_that_is_dropped_during_the_first_copy_stays_dropped() {
+    let sides = Sides::with(
+        "create table parent (id int primary key); create table held (id int primary key); insert into held values (1);
+         create table child (id int primary key, a int constraint before_the_cut references parent,
+                             b int constraint after_the_cut references parent, c int constraint kept references parent)",
+    )
+    .await;
+    // Given a transaction that the cut waits for,
+    let open = sides.from.connect().await;
+    open.batch_execute("begin; insert into held values (2)").await.unwrap();
+    let mut daemon = sides.pgtandem.spawn(&["run"]);
+    wait_until("the capture is there", PATIENCE, async || {
+        sides.from.query_string("select count(*) from pg_replication_slots").await == "1"
+    })
+    .await;
+    sides.from.execute("alter table child drop constraint before_the_cut").await;
+    // and a table that cannot be filled yet,
+    let block = sides.to.connect().await;
+    block.batch_execute("begin; lock table held").await.unwrap();
+    open.batch_execute("commit").await.unwrap();
+    wait_until("the other tables are copied", PATIENCE, async || {
+        sides.to.query_string("select count(*) from pgtandem.copy_table where state = 'copied'").await == "2"
+    })
+    .await;
+    sides.from.execute("alter table child drop constraint after_the_cut").await;
+    block.batch_execute("commit").await.unwrap();
+    daemon.wait_for_log("entering phase follow", PATIENCE).await;
+    let keys = "select string_agg(conname, ' ') from pg_constraint where contype = 'f' and connamespace = 'public'::regnamespace";
+    assert_eq!(sides.to.query_string(keys).await, "kept");
+    sides.arrives_whole(daemon).await;
+    same_catalog(&sides).await;
+}
