@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::journal::Journal;
 use super::sequences::Sequences;
-use super::{Cutover, OWN_WORDS, UNHURRIED, hook, marker};
+use super::{Cutover, OWN_WORDS, UNHURRIED, fence, hook, marker, tables};
 use crate::config::{CutoverVerify, Fence as FenceKind, WithoutIdentity};
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::unkeyed;
@@ -16,12 +16,12 @@ use crate::verify::{Comparison, Depth};
 
 /// What is ready before writers wait: connections, names, plans.
 pub(super) struct Ahead {
-    /// The tables that the fence is for.
-    pub(super) fenced: Vec<QualifiedName>,
+    /// The tables that all of this is for.
+    pub(super) listed: Vec<QualifiedName>,
     /// Whether the fence can and shall stop writes to large objects too.
     pub(super) lock_objects: bool,
     /// What is carried behind the fence.
-    pub(super) rest: Option<leftover::Rest>,
+    pub(super) rest: leftover::Rest,
     pub(super) marker: Session,
     pub(super) sequences: Sequences,
     pub(super) comparison: Option<Comparison>,
@@ -131,14 +131,17 @@ impl Cutover<'_> {
         };
         let release = Store::new(self.target.clone(), self.config.name.clone());
         release.exists().await?;
-        let rest = if left.is_nothing() { None } else { Some(left.connect(&context).await?) };
+        let rest = left.connect(&context).await?;
         let lock_objects = left.carries_objects() && self.may_lock_objects(left.has_objects()).await?;
-        let fenced = moved.iter().chain(left.unlogged()).cloned().collect();
+        let listed: Vec<QualifiedName> = moved.iter().chain(left.unlogged()).cloned().collect();
+        let marker = self.source.connect("marker").await?;
+        // Better now than while writers wait.
+        tables::all_listed(&marker, &self.config.scope, &listed).await?;
         Ok(Ahead {
             rest,
             lock_objects,
-            fenced,
-            marker: self.source.connect("marker").await?,
+            listed,
+            marker,
             sequences: Sequences::prepare(self.source, self.target, &self.config.scope).await?,
             comparison,
             release,
@@ -163,6 +166,17 @@ impl Cutover<'_> {
         let durable = marker::arrival(self.durable.clone(), id, deadline).await?;
         tracing::info!(progress = %durable.lsn, "the target holds everything up to the marker");
         Ok(())
+    }
+
+    /// Refuses if there is more by now than all of this was prepared for. After the drain, so that the target has the schema
+    /// that the source had when the fence closed, and before anything is brought to it.
+    pub(super) async fn nothing_came(&self, ahead: &Ahead, closed: Option<&fence::Fence>) -> Result<()> {
+        let (scope, names) = (&self.config.scope, fence::Names::of(self.config.name.as_str()));
+        match closed {
+            Some(closed) => closed.covers_all(&names, scope, &ahead.listed).await?,
+            None => tables::all_listed(&ahead.marker, scope, &ahead.listed).await?,
+        }
+        ahead.rest.still(self.config, self.store).await
     }
 
     /// Whether the source lets us lock large objects against writes, which takes a superuser.
