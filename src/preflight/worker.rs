@@ -4,7 +4,7 @@ use super::Finding;
 use super::finding::kinds;
 use super::look::{Attempt, Look};
 use super::privileges::{attempt_write, plain, tables};
-use crate::config::Engine;
+use crate::config::{Engine, WithoutIdentity};
 use crate::error::{Error, Result};
 use crate::follow::subscription::{self, Reached};
 use crate::postgres::catalog::IS_USER_TABLE;
@@ -28,7 +28,9 @@ const FREE_ORIGINS: &str = "
                     pg_catalog.current_setting('max_replication_slots'))::int8
          - (SELECT count(*) FROM pg_catalog.pg_replication_origin)";
 
-/// Tables whose rows are found by comparing all columns, with a column that has no equality to compare by.
+/// Tables whose rows are found by comparing all columns, with a column that has no equality to compare by. `$1`: those as well
+/// that nothing identifies yet, for the move will give them REPLICA IDENTITY FULL; where a column is virtual that is of no
+/// use, and not done.
 fn without_equality() -> String {
     format!(
         r"
@@ -40,8 +42,14 @@ fn without_equality() -> String {
         JOIN pg_catalog.pg_type t
              ON t.oid = CASE WHEN given.typtype = 'd' THEN given.typbasetype
                              WHEN given.typcategory = 'A' THEN given.typelem ELSE given.oid END
-        WHERE c.relkind = 'r' AND c.relreplident = 'f' AND t.typtype = 'b' AND t.typcategory <> 'A' AND {IS_USER_TABLE}
-          AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)
+        WHERE c.relkind = 'r' AND t.typtype = 'b' AND t.typcategory <> 'A' AND {IS_USER_TABLE}
+          AND (c.relreplident = 'f'
+               OR $1 AND NOT (c.relreplident = 'i' AND EXISTS (
+                         SELECT FROM pg_catalog.pg_index i
+                         WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid))
+                     AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute v
+                                     WHERE v.attrelid = c.oid AND v.attgenerated = 'v' AND NOT v.attisdropped))
+          AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate)
           AND NOT EXISTS (
               SELECT FROM pg_catalog.pg_opclass o JOIN pg_catalog.pg_am m ON m.oid = o.opcmethod
               WHERE m.amname IN ('btree', 'hash') AND o.opcdefault
@@ -99,7 +107,7 @@ kinds! {
         fix: "GRANT SET ON PARAMETER log_error_verbosity TO …, as a superuser, or follow.engine = \"stream\"",
     }
     NO_EQUALITY = Warning "full_identity_without_equality" {
-        what: "tables under REPLICA IDENTITY FULL have columns of types without an equality",
+        what: "tables under REPLICA IDENTITY FULL, or that will be given it, have columns of types without an equality",
         why: "the target's worker compares whole rows by it, and an update or delete there ends it again and again",
         fix: "give the table a key, or use follow.engine = \"stream\"",
     }
@@ -167,7 +175,8 @@ pub(super) async fn identity_without_equality(look: &Look<'_>) -> Result<Vec<Fin
     if look.config.follow.engine != Engine::Subscription {
         return Ok(Vec::new());
     }
-    let names = look.names_in_scope(look.source.client.query(&without_equality(), &[]).await?)?;
+    let given = look.config.follow.without_identity == WithoutIdentity::Full;
+    let names = look.names_in_scope(look.source.client.query(&without_equality(), &[&given]).await?)?;
     if names.is_empty() {
         return Ok(Vec::new());
     }

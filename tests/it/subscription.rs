@@ -11,6 +11,22 @@ const TABLES: &str = "create table t (id int primary key, v text);
     insert into t select i, 'old' from generate_series(1, 2000) i;
     insert into log select 'old ' || i from generate_series(1, 500) i";
 
+/// The worker finds a row by comparing all of it, also where the move itself gives the table that identity.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_the_worker_cannot_compare_is_named_before_it_is_given_full() {
+    let stage = Stage::of((16, 17)).await;
+    stage.from.execute("create table bare (j json)").await;
+    let warned = async |choice: &str| {
+        let program = stage.program.clone().env("PGTANDEM_FOLLOW_WITHOUT_IDENTITY", choice);
+        let checked = program.run(&["check", "--json"]).await;
+        assert_eq!(checked.code, Some(0), "{checked}");
+        checked.stdout
+    };
+    let said = warned("full").await;
+    assert!(said.contains("full_identity_without_equality") && said.contains("public.bare"), "{said}");
+    assert!(!warned("watch").await.contains("full_identity_without_equality"));
+}
+
 /// What of a move can be left on a server.
 const LEFT: &str = "select 'subscription ' || subname from pg_subscription
     union all select 'origin ' || roname from pg_replication_origin
