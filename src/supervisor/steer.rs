@@ -12,12 +12,16 @@ use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::lookout;
 use crate::follow::subscription::health::Health;
+use crate::leftover::identity;
 use crate::postgres::{QualifiedName, Session};
 use crate::schema::hold_back;
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How often it looks for new tables that nothing identifies.
+const LOOK_FOR_NEW_EVERY: Duration = Duration::from_secs(3);
 
 /// Between two attempts of `--cutover-when-ready`; each failed one has kept writers waiting, so the pause grows.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -107,6 +111,7 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         let mut listener: Option<Session> = None;
         let (mut next_attempt, mut pause) = (Instant::now(), FIRST_PAUSE);
+        let mut look_for_new = Instant::now();
         loop {
             if s.stop.is_cancelled() || self.alone.is_cancelled() {
                 return Ok(Decision::Stopped);
@@ -129,6 +134,12 @@ impl<'a> Steering<'a> {
                     Err(error) => return Err(error),
                 }
                 continue;
+            }
+            if Instant::now() >= look_for_new {
+                look_for_new = Instant::now() + LOOK_FOR_NEW_EVERY;
+                if self.copies_what_came_without_identity().await? {
+                    return Ok(Decision::CopyAgain);
+                }
             }
             if listener.as_ref().is_none_or(|session| session.is_closed()) {
                 listener = Some(s.store.listen().await?);
@@ -202,6 +213,26 @@ impl<'a> Steering<'a> {
                 Ok(Some(Decision::CopyAgain))
             }
         }
+    }
+
+    /// Whether there is a table now that is to be copied for that.
+    async fn copies_what_came_without_identity(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let came = match identity::came_without(s.config, &s.source, &s.store).await {
+            Ok(came) => came,
+            // Following itself says what is wrong with a server.
+            Err(error) => {
+                tracing::debug!(%error, "new tables without a replica identity cannot be looked for");
+                return Ok(false);
+            }
+        };
+        if came.is_empty() {
+            return Ok(false);
+        }
+        let names = came.iter().map(QualifiedName::plain).collect::<Vec<_>>().join(", ");
+        tracing::info!(tables = names, "came without a replica identity: being given one, and copied");
+        s.store.copy_again(self.epoch, &came).await?;
+        Ok(true)
     }
 
     fn cutover(&self) -> Cutover<'_> {
