@@ -206,6 +206,31 @@ async fn a_slot_that_goes_back_at_the_take_over_doubles_nothing() {
     stage.same().await;
 }
 
+/// Tables that came and went while our stream followed are in the stream only, and no worker could read that.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_are_still_in_the_stream_come_and_go_before_the_worker_takes_over() {
+    let stage = Stage::of((16, 17)).await;
+    stage.from.execute("create table goes (id int primary key); insert into goes values (1)").await;
+    let streaming = stage.program.clone().env("PGTANDEM_FOLLOW_ENGINE", "stream");
+    assert_eq!(streaming.run(&["run", "--until", "follow"]).await.code, Some(0));
+    for change in [
+        "create table comes (id int primary key, v text); insert into comes select i, 'v' from generate_series(1, 100) i",
+        "update comes set v = 'x' where id < 10; create table filled as select id from comes; drop table goes",
+        "alter table comes rename to came; insert into came values (1000, 'y')",
+    ] {
+        stage.from.execute(change).await;
+    }
+    stage.change(1).await;
+
+    let mut daemon = stage.program.spawn(&["run"]);
+    stage.works(&mut daemon).await;
+
+    stage.from.execute("update came set v = 'z' where id = 1000").await;
+    stage.cut_over(daemon).await;
+    stage.same().await;
+    stage.nothing_is_left().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_of_the_worker_is_shown_and_mended() {
     let stage = Stage::of((16, 17)).await;
