@@ -11,7 +11,8 @@ use crate::error::{Class, Doing, Error, Result};
 use crate::follow::unkeyed;
 use crate::leftover;
 use crate::postgres::{QualifiedName, Session, catalog, quote_identifier};
-use crate::state::Store;
+use crate::schema::hold_back;
+use crate::state::{HeldBack, Store};
 use crate::verify::{Comparison, Depth};
 
 /// What is ready before writers wait: connections, names, plans.
@@ -25,6 +26,8 @@ pub(super) struct Ahead {
     pub(super) marker: Session,
     pub(super) sequences: Sequences,
     pub(super) comparison: Option<Comparison>,
+    /// To ask the target which triggers and rules it has.
+    pub(super) catalog: Session,
     /// On a connection of its own: a lock that it waits for must not keep the journal waiting.
     pub(super) release: Store,
     pub(super) addresses: hook::Addresses,
@@ -144,6 +147,7 @@ impl Cutover<'_> {
             marker,
             sequences: Sequences::prepare(self.source, self.target, &self.config.scope).await?,
             comparison,
+            catalog: self.target.connect("catalog").await?,
             release,
             addresses: hook::Addresses::find(self.source, self.target).await,
         })
@@ -219,6 +223,25 @@ impl Cutover<'_> {
             return Ok(());
         }
         journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await
+    }
+
+    /// Triggers and rules may have been enabled, disabled or renamed on the source since they were restored, until the fence
+    /// closed: its locks are in the way of that. So what the release brings back is asked behind it, and where nothing is applied
+    /// any more. It is written down before it is brought back, so that whoever undoes this knows of it.
+    pub(super) async fn hold_back_as_on_the_source(
+        &self,
+        [source, target]: [&Session; 2],
+        state: &Store,
+        id: i64,
+    ) -> Result<()> {
+        let (objects, known) = hold_back::as_on_the_source(source, target).await?;
+        let held = state.held_back_objects().await?;
+        let before: HashSet<&HeldBack> = held.iter().filter(|object| known.contains(&object.what)).collect();
+        if before == objects.iter().collect() {
+            // As nearly always, and writers wait.
+            return Ok(());
+        }
+        state.hold_back_instead(id, self.epoch, &objects, &known).await
     }
 
     /// Reads the source once as the comparison will: one that cannot be done in a third of the time that is left is

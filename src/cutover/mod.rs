@@ -249,6 +249,7 @@ impl Cutover<'_> {
         let id = journal.id;
         let released = async {
             self.gate.holds().await;
+            self.hold_back_as_on_the_source([&ahead.marker, &ahead.catalog], &ahead.release, id).await?;
             ahead.release.release_in_cutover(id, self.epoch, RELEASE_LOCKS, deadline).await
         };
         journal.step("release", deadline, released).await?;

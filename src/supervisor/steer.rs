@@ -14,7 +14,6 @@ use crate::follow::lookout;
 use crate::follow::subscription::health::Health;
 use crate::leftover::identity;
 use crate::postgres::{QualifiedName, Session};
-use crate::schema::hold_back;
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
@@ -251,22 +250,11 @@ impl<'a> Steering<'a> {
         }
     }
 
-    /// Triggers and rules may have been enabled, disabled or renamed on the source since they were restored.
-    async fn hold_back_as_on_the_source(&self) -> Result<()> {
-        let s = self.supervisor;
-        let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
-        let (objects, known) = hold_back::as_on_the_source(&source, &target).await?;
-        s.store.hold_back_instead(self.epoch, &objects, &known).await
-    }
-
     async fn cut_over(&self, request: Option<i64>, timeout: Duration) -> Result<Duration> {
         let s = self.supervisor;
         self.busy.set(true);
         s.store.set_phase(Phase::Cutover).await?;
-        let switched = match self.hold_back_as_on_the_source().await {
-            Ok(()) => self.cutover().run(request, timeout).await,
-            Err(error) => Err(error.reclassed(Class::No)),
-        };
+        let switched = self.cutover().run(request, timeout).await;
         self.busy.set(false);
         match switched {
             Ok(switched) => {

@@ -121,3 +121,27 @@ async fn a_table_that_lost_its_identity_before_the_fence_refuses_the_cutover_and
     sides.cut_over(daemon).await;
     sides.same().await;
 }
+
+/// The target has them as they were restored, and nobody told it.
+#[tokio::test]
+async fn triggers_that_change_before_the_fence_are_on_the_target_what_they_are_on_the_source() {
+    let sides = Sides::new(versions_under_test()).await.configured("[follow]\nddl = 'stop'");
+    sides
+        .from
+        .execute(
+            "create table t (id int primary key); create table other (id int primary key);
+             create function f() returns trigger language plpgsql as 'begin return new; end';
+             create trigger goes before insert on other for each row execute function f();
+             create trigger comes before insert on other for each row execute function f();
+             create trigger stays before insert on other for each row execute function f();
+             alter table other disable trigger comes",
+        )
+        .await;
+    let daemon = sides.following().await;
+    let change = "alter table other disable trigger goes; alter table other enable always trigger comes";
+    let done = changed_before_the_fence(&sides, change).await.wait(PATIENCE).await;
+    assert_eq!(done.code, Some(0), "{done}");
+    assert_eq!(daemon.wait(PATIENCE).await.code, Some(0));
+    let states = "select string_agg(tgname || tgenabled::text, ' ' order by tgname) from pg_trigger where tgrelid = 'other'::regclass";
+    assert_eq!(sides.to.query_string(states).await, "comesA goesD staysO");
+}
