@@ -148,7 +148,7 @@ impl<'a> Walk<'a> {
             return Ok(copy::Outcome::Complete);
         }
         let cancel = s.stop.child_token();
-        if s.unless_stopped(self.publish()).await?.is_none() {
+        if !self.pass_what_was_captured(&cancel).await? || s.unless_stopped(self.publish()).await?.is_none() {
             return Ok(copy::Outcome::Stopped);
         }
         let (exporter, cut) = self.cut(&cancel).await?;
@@ -199,11 +199,29 @@ impl<'a> Walk<'a> {
             return Ok(true);
         }
         tracing::info!(lsn = %cut.lsn, "following up to the cut");
+        self.follow_up_to(cut.lsn, stop).await
+    }
+
+    /// Where schema changes come with the stream. False if told to stop.
+    async fn follow_up_to(&self, lsn: Lsn, stop: &CancellationToken) -> Result<bool> {
         let replica_role = self.can_set_replica_role().await?;
         let publications = self.publications();
-        let follow = Follow { until: Some(cut.lsn), ..self.follower(replica_role, true, &publications) };
+        let follow = Follow { until: Some(lsn), ..self.follower(replica_role, true, &publications) };
         follow.run(stop).await?;
         Ok(!stop.is_cancelled())
+    }
+
+    /// The worker of a subscription cannot read what was captured, and once nothing is captured any more, tables that came or
+    /// went are taken for a difference that a person has to settle. So before the capture is removed, our stream goes up to
+    /// here. What is captured in the moment in between, before a death, is left to that person. False if told to stop.
+    async fn pass_what_was_captured(&self, stop: &CancellationToken) -> Result<bool> {
+        let s = self.supervisor;
+        if s.config.follow.engine != Engine::Subscription || !self.schema_comes_with_the_stream().await? {
+            return Ok(true);
+        }
+        let head = catalog::end_of_log(&*s.source.connect("catalog").await?).await?;
+        tracing::info!(lsn = %head, "following past the schema changes that are in the stream");
+        self.follow_up_to(head, stop).await
     }
 
     /// What a cut needs on the source before it.
@@ -343,6 +361,14 @@ impl<'a> Walk<'a> {
         let record = s.record().await?;
         let replica_role = self.can_set_replica_role().await?;
         let mut beyond = record.last_cut_lsn.unwrap_or_default();
+        let stop = s.stop.child_token();
+        if !self.pass_what_was_captured(&stop).await? {
+            return Ok(Some(End::Stopped));
+        }
+        if !self.nothing_to_copy().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
         if !complete {
             beyond = beyond.max(self.kit_of_today().await?);
         }
@@ -352,7 +378,6 @@ impl<'a> Walk<'a> {
             self.capture().await?;
             beyond = beyond.max(catalog::end_of_log(&*s.source.connect("catalog").await?).await?);
         }
-        let stop = s.stop.child_token();
         let mut durable = s.durable.subscribe();
         let caught_up = async {
             loop {

@@ -257,6 +257,17 @@ async fn a_captured_change_that_the_target_refuses_is_waited_for() {
         ["1"],
         "nothing of its transaction is there"
     );
+    // Whoever asks for something meanwhile hears why it waits, and not that nobody is there. Between two tries the state
+    // knows of no error for a moment.
+    wait_until("a cutover is refused with the reason", PATIENCE, async || {
+        let refused = sides.pgtandem.run(&["cutover", "--timeout", "1s"]).await;
+        assert!(refused.code == Some(1) && !refused.stderr.contains("no_daemon"), "{refused}");
+        refused.stderr.contains("the daemon waits before it tries again")
+            && refused.stderr.contains("grant select on t")
+    })
+    .await;
+    let refused = sides.pgtandem.run(&["clean", "--yes"]).await;
+    assert!(refused.code == Some(1) && refused.stderr.contains("daemon_running"), "{refused}");
     // Mended, it goes on by itself.
     sides.to.execute("create role only_here").await;
     wait_until("it goes on", PATIENCE, async || sides.to.query_string("select count(*) from t").await == "3").await;
