@@ -46,9 +46,16 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
     clean_source(&source, &config.name, &left).await?;
     if let Known::Move { .. } = known {
         let given = store.given_identities().await?;
-        let count = identity::take_back(&source, &given).await?;
-        if count > 0 {
-            say(&format!("source: brought back the replica identity of {count} tables"))?;
+        let taken = identity::take_back(&source, &given).await?;
+        if taken.count > 0 {
+            say(&format!("source: brought back the replica identity of {} tables", taken.count))?;
+        }
+        // Nothing that another try would change, so the rest is cleaned all the same.
+        for kept in taken.kept {
+            writeln!(
+                std::io::stderr(),
+                "warning: {kept}; give it what it should have by ALTER TABLE … REPLICA IDENTITY"
+            )?;
         }
     }
     match known {

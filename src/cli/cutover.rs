@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::cutover::UNHURRIED_STEPS;
 use crate::error::{Class, Error, Result};
 use crate::postgres::{Server, Side};
-use crate::state::{Phase, Request, RequestKind, RequestState, Store};
+use crate::state::{MoveRecord, Phase, Request, RequestKind, RequestState, Store};
 
 /// Switch over: fence the source, drain, set sequences, run the hook; prints each step and the write pause
 #[derive(clap::Args)]
@@ -106,6 +106,12 @@ async fn check_phase(config: &Config, store: &Store) -> Result<()> {
         ),
         Some(_) if !store.is_led().await? => {
             no("no_daemon", format!("no daemon runs the move {name}"), "start it with `pgtandem run`")
+        }
+        // What stopped it goes from the state when it follows again.
+        Some(MoveRecord { error: Some(error), .. }) => {
+            let text = |what: &str| error.get(what).and_then(serde_json::Value::as_str);
+            let message = format!("the daemon waits before it tries again: {}", text("message").unwrap_or("an error"));
+            no("not_following", message, text("hint").unwrap_or("`pgtandem status` says more"))
         }
         Some(_) => Ok(()),
     }

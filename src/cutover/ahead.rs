@@ -5,26 +5,29 @@ use std::time::{Duration, Instant};
 
 use super::journal::Journal;
 use super::sequences::Sequences;
-use super::{Cutover, OWN_WORDS, UNHURRIED, hook, marker};
+use super::{Cutover, OWN_WORDS, UNHURRIED, fence, hook, marker, tables};
 use crate::config::{CutoverVerify, Fence as FenceKind, WithoutIdentity};
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::unkeyed;
 use crate::leftover;
 use crate::postgres::{QualifiedName, Session, catalog, quote_identifier};
-use crate::state::Store;
+use crate::schema::hold_back;
+use crate::state::{HeldBack, Store};
 use crate::verify::{Comparison, Depth};
 
 /// What is ready before writers wait: connections, names, plans.
 pub(super) struct Ahead {
-    /// The tables that the fence is for.
-    pub(super) fenced: Vec<QualifiedName>,
+    /// The tables that all of this is for.
+    pub(super) listed: Vec<QualifiedName>,
     /// Whether the fence can and shall stop writes to large objects too.
     pub(super) lock_objects: bool,
     /// What is carried behind the fence.
-    pub(super) rest: Option<leftover::Rest>,
+    pub(super) rest: leftover::Rest,
     pub(super) marker: Session,
     pub(super) sequences: Sequences,
     pub(super) comparison: Option<Comparison>,
+    /// To ask the target which triggers and rules it has.
+    pub(super) catalog: Session,
     /// On a connection of its own: a lock that it waits for must not keep the journal waiting.
     pub(super) release: Store,
     pub(super) addresses: hook::Addresses,
@@ -131,16 +134,20 @@ impl Cutover<'_> {
         };
         let release = Store::new(self.target.clone(), self.config.name.clone());
         release.exists().await?;
-        let rest = if left.is_nothing() { None } else { Some(left.connect(&context).await?) };
+        let rest = left.connect(&context).await?;
         let lock_objects = left.carries_objects() && self.may_lock_objects(left.has_objects()).await?;
-        let fenced = moved.iter().chain(left.unlogged()).cloned().collect();
+        let listed: Vec<QualifiedName> = moved.iter().chain(left.unlogged()).cloned().collect();
+        let marker = self.source.connect("marker").await?;
+        // Better now than while writers wait.
+        tables::all_listed(&marker, &self.config.scope, &listed).await?;
         Ok(Ahead {
             rest,
             lock_objects,
-            fenced,
-            marker: self.source.connect("marker").await?,
+            listed,
+            marker,
             sequences: Sequences::prepare(self.source, self.target, &self.config.scope).await?,
             comparison,
+            catalog: self.target.connect("catalog").await?,
             release,
             addresses: hook::Addresses::find(self.source, self.target).await,
         })
@@ -163,6 +170,17 @@ impl Cutover<'_> {
         let durable = marker::arrival(self.durable.clone(), id, deadline).await?;
         tracing::info!(progress = %durable.lsn, "the target holds everything up to the marker");
         Ok(())
+    }
+
+    /// Refuses if there is more by now than all of this was prepared for. After the drain, so that the target has the schema
+    /// that the source had when the fence closed, and before anything is brought to it.
+    pub(super) async fn nothing_came(&self, ahead: &Ahead, closed: Option<&fence::Fence>) -> Result<()> {
+        let (scope, names) = (&self.config.scope, fence::Names::of(self.config.name.as_str()));
+        match closed {
+            Some(closed) => closed.covers_all(&names, scope, &ahead.listed).await?,
+            None => tables::all_listed(&ahead.marker, scope, &ahead.listed).await?,
+        }
+        ahead.rest.still(self.config, self.store).await
     }
 
     /// Whether the source lets us lock large objects against writes, which takes a superuser.
@@ -205,6 +223,25 @@ impl Cutover<'_> {
             return Ok(());
         }
         journal.step("watch", deadline, unkeyed::prove(self.source, self.target, self.store)).await
+    }
+
+    /// Triggers and rules may have been enabled, disabled or renamed on the source since they were restored, until the fence
+    /// closed: its locks are in the way of that. So what the release brings back is asked behind it, and where nothing is applied
+    /// any more. It is written down before it is brought back, so that whoever undoes this knows of it.
+    pub(super) async fn hold_back_as_on_the_source(
+        &self,
+        [source, target]: [&Session; 2],
+        state: &Store,
+        id: i64,
+    ) -> Result<()> {
+        let (objects, known) = hold_back::as_on_the_source(source, target).await?;
+        let held = state.held_back_objects().await?;
+        let before: HashSet<&HeldBack> = held.iter().filter(|object| known.contains(&object.what)).collect();
+        if before == objects.iter().collect() {
+            // As nearly always, and writers wait.
+            return Ok(());
+        }
+        state.hold_back_instead(id, self.epoch, &objects, &known).await
     }
 
     /// Reads the source once as the comparison will: one that cannot be done in a third of the time that is left is

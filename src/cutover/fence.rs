@@ -20,11 +20,12 @@
 //! session that may still be about to seal is ended, so that nothing that was given up on takes hold afterwards; and the
 //! seal of a later cutover is left alone, for it is not ours.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use super::tables;
+use crate::config::Scope;
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::catalog::IS_USER_TABLE;
 use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_literal};
 
 /// How long one attempt waits for the locks while it holds others: writers queue behind us meanwhile. The first attempts
@@ -47,6 +48,10 @@ pub(super) struct Names {
 impl Names {
     pub(super) fn of(move_name: &str) -> Self {
         Self { function_name: format!("fence_{move_name}"), trigger_name: format!("pgtandem_{move_name}_fence") }
+    }
+
+    pub(super) fn trigger_name(&self) -> &str {
+        &self.trigger_name
     }
 
     fn function(&self) -> String {
@@ -78,46 +83,6 @@ impl Names {
             self.function()
         )
     }
-}
-
-/// The tables of the move on the source, with the partitioned tables above them.
-pub(super) async fn tables(source: &Server, moved: &[QualifiedName]) -> Result<Vec<QualifiedName>> {
-    let session = source.connect("fence").await?;
-    let rows = session
-        .query(
-            &format!(
-                "SELECT n.nspname::text, c.relname::text, c.relkind = 'p',
-                        ARRAY(SELECT a.relid::oid FROM pg_catalog.pg_partition_ancestors(c.oid) a), c.oid
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {IS_USER_TABLE}
-                 ORDER BY 1, 2"
-            ),
-            &[],
-        )
-        .await
-        .doing(|| "listing the tables to fence")?;
-    let moved: HashSet<&QualifiedName> = moved.iter().collect();
-    let mut above: HashSet<u32> = HashSet::new();
-    let mut ancestors: HashMap<u32, Vec<u32>> = HashMap::new();
-    let mut all = Vec::with_capacity(rows.len());
-    for row in &rows {
-        let name = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
-        let partitioned: bool = row.try_get(2)?;
-        let (of, oid): (Vec<u32>, u32) = (row.try_get(3)?, row.try_get(4)?);
-        if !partitioned && moved.contains(&name) {
-            // The list begins with the table itself.
-            above.extend(of.iter().filter(|ancestor| **ancestor != oid));
-        }
-        ancestors.insert(oid, of);
-        all.push((name, partitioned, oid));
-    }
-    let fenced = |(name, partitioned, oid): &(QualifiedName, bool, u32)| {
-        // A partition that was made since the copy is written to as well.
-        above.contains(oid)
-            || moved.contains(name)
-            || (!partitioned && ancestors.get(oid).is_some_and(|all| all.iter().any(|root| above.contains(root))))
-    };
-    Ok(all.into_iter().filter(fenced).map(|(name, _, _)| name).collect())
 }
 
 /// Makes the function and the triggers that sealing will need. Each table is locked for an instant only.
@@ -303,6 +268,12 @@ async fn holders(session: &Session) -> String {
 }
 
 impl Fence {
+    /// Refuses a table in scope that the cutover was not prepared for, or that is not behind the fence.
+    pub(super) async fn covers_all(&self, names: &Names, scope: &Scope, listed: &[QualifiedName]) -> Result<()> {
+        tables::all_listed(&self.session, scope, listed).await?;
+        tables::all_covered(&self.session, names, listed).await
+    }
+
     /// Refuses writes from now on, and lets the waiting writers have their refusal. After an error nobody knows
     /// whether it took hold; [`is_sealed`] tells.
     pub(super) async fn seal(self, names: &Names, move_name: &str, cutover: i64) -> Result<()> {

@@ -16,13 +16,14 @@
 //! | `prepare` | triggers for the fence, one table at a time | flow |
 //! | `fence` | locks on every table: [`fence`] | wait |
 //! | `drain` | the marker arrived on the target: [`marker`] | wait |
+//! | `tables` | no table came since `connect`: [`tables`] | wait |
 //! | `sequences` | read and set: [`sequences`] | wait |
 //! | `rest` | what the stream does not carry, exactly: [`leftover`](crate::leftover) | wait |
 //! | `watch` | no table without a replica identity differs: [`unkeyed`](crate::follow::unkeyed) | wait |
 //! | `verify` | `cutover.verify` | wait |
 //! | `release` | foreign keys, triggers and rules of the target on | wait |
 //! | `decide` | the journal says `switching` | wait |
-//! | `seal` | the source refuses writes for good | refused |
+//! | `seal` | no table came, asked again; the source refuses writes for good | refused |
 //! | `switch` | `cutover.hook` | refused, then on the target |
 //!
 //! `carry` and `refresh` take as long as they take: they may move gigabytes, and nobody waits for them. So the timeout
@@ -54,6 +55,7 @@ mod journal;
 mod marker;
 mod recovery;
 mod sequences;
+mod tables;
 
 use std::time::{Duration, Instant};
 
@@ -169,7 +171,9 @@ impl Cutover<'_> {
         }
         let closed = if self.config.cutover.fence == FenceKind::Lock {
             let prepared = async {
-                let tables = fence::tables(self.source, &ahead.fenced).await?;
+                let session = self.source.connect("fence").await?;
+                let tables = tables::to_fence(&session, &ahead.listed).await?;
+                let tables: Vec<_> = tables.into_iter().map(|(name, _)| name).collect();
                 fence::prepare(self.source, &names, &tables, patience).await.map(|()| tables)
             };
             let tables = journal.step("prepare", deadline, prepared).await?;
@@ -184,7 +188,8 @@ impl Cutover<'_> {
         };
         let began = closed.as_ref().map_or_else(Instant::now, |fence| fence.closed_at);
         let (id, release, addresses) = (journal.id, ahead.release.clone(), ahead.addresses.clone());
-        let fenced = self.behind_the_fence(journal, ahead, deadline).await;
+        let listed = ahead.listed.clone();
+        let fenced = self.behind_the_fence(journal, ahead, closed.as_ref(), deadline).await;
         if let Err(error) = fenced {
             if let Some(closed) = closed {
                 closed.open().await;
@@ -192,7 +197,13 @@ impl Cutover<'_> {
             return Err(error);
         }
         match closed {
-            Some(closed) => journal.step("seal", deadline, closed.seal(&names, name, id)).await?,
+            Some(closed) => {
+                let sealed = async {
+                    closed.covers_all(&names, &self.config.scope, &listed).await?;
+                    closed.seal(&names, name, id).await
+                };
+                journal.step("seal", deadline, sealed).await?;
+            }
             None => journal.skip("seal", "cutover.fence = \"none\""),
         }
         if self.config.cutover.hook.is_empty() {
@@ -210,15 +221,23 @@ impl Cutover<'_> {
     }
 
     /// What happens while writers wait.
-    async fn behind_the_fence(&self, journal: &mut Journal, mut ahead: Ahead, deadline: Instant) -> Result<()> {
+    async fn behind_the_fence(
+        &self,
+        journal: &mut Journal,
+        mut ahead: Ahead,
+        closed: Option<&fence::Fence>,
+        deadline: Instant,
+    ) -> Result<()> {
         journal.step("drain", deadline, self.drain(&mut ahead.marker, deadline)).await?;
+        journal.step("tables", deadline, self.nothing_came(&ahead, closed)).await?;
         journal.step("sequences", deadline, ahead.sequences.carry()).await?;
-        if let Some(rest) = ahead.rest {
+        let rest = ahead.rest;
+        if rest.is_nothing() {
+            journal.skip("rest", "the stream carries everything");
+        } else {
             let context = self.leftover(journal.id);
             let carried = async { Ok(((), Some(rest.carry(&context, deadline).await?.to_string()))) };
             journal.step_told("rest", deadline, carried).await?;
-        } else {
-            journal.skip("rest", "the stream carries everything");
         }
         self.watch(journal, deadline).await?;
         match ahead.comparison {
@@ -230,6 +249,7 @@ impl Cutover<'_> {
         let id = journal.id;
         let released = async {
             self.gate.holds().await;
+            self.hold_back_as_on_the_source([&ahead.marker, &ahead.catalog], &ahead.release, id).await?;
             ahead.release.release_in_cutover(id, self.epoch, RELEASE_LOCKS, deadline).await
         };
         journal.step("release", deadline, released).await?;

@@ -14,7 +14,7 @@ const AT_ONCE: usize = 500;
 pub(super) struct Sequences {
     source: Session,
     target: Session,
-    names: Vec<QualifiedName>,
+    scope: Scope,
 }
 
 impl Sequences {
@@ -22,14 +22,25 @@ impl Sequences {
     /// its definition travels whatever the scope says, and must not be missing where its name is in scope.
     pub(super) async fn prepare(source: &Server, target: &Server, scope: &Scope) -> Result<Self> {
         let (source, target) = tokio::try_join!(source.connect("sequences"), target.connect("sequences"))?;
-        let (wanted, present) = tokio::try_join!(catalog::sequence_names(&*source), catalog::sequence_names(&*target))?;
-        let tables = catalog::members(&*source, scope).await?;
+        let found = Self { source, target, scope: scope.clone() };
+        // What may not be read is better refused before writers wait.
+        for names in found.names().await?.chunks(AT_ONCE) {
+            catalog::sequence_values(&*found.source, names).await?;
+        }
+        Ok(found)
+    }
+
+    /// What moves by now.
+    async fn names(&self) -> Result<Vec<QualifiedName>> {
+        let (wanted, present) =
+            tokio::try_join!(catalog::sequence_names(&*self.source), catalog::sequence_names(&*self.target))?;
+        let tables = catalog::members(&*self.source, &self.scope).await?;
         let present: HashSet<QualifiedName> = present.into_iter().map(|sequence| sequence.name).collect();
         let names: Vec<QualifiedName> = wanted
             .into_iter()
             .filter(|sequence| {
                 let table = sequence.owner.as_ref().and_then(|owner| tables.get(owner));
-                let alone = || scope.contains(&sequence.name, &[]) || present.contains(&sequence.name);
+                let alone = || self.scope.contains(&sequence.name, &[]) || present.contains(&sequence.name);
                 table.map_or_else(alone, |table| table.travels)
             })
             .map(|sequence| sequence.name)
@@ -42,16 +53,12 @@ impl Sequences {
             )
             .hint("create it on the target as it is on the source"));
         }
-        // What may not be read is better refused before writers wait.
-        for names in names.chunks(AT_ONCE) {
-            catalog::sequence_values(&*source, names).await?;
-        }
-        Ok(Self { source, target, names })
+        Ok(names)
     }
 
-    /// Carries their values over.
+    /// Carries their values over. The list is made anew, for a sequence may have come until the fence closed.
     pub(super) async fn carry(self) -> Result<()> {
-        for names in self.names.chunks(AT_ONCE) {
+        for names in self.names().await?.chunks(AT_ONCE) {
             let values = catalog::sequence_values(&*self.source, names).await?;
             let set = values
                 .iter()

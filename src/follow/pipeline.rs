@@ -251,6 +251,26 @@ impl Pipeline {
         self.wire.query(sql).await
     }
 
+    /// Reads every answer, then runs one statement. A text that holds another one behind it is refused by the server.
+    pub(super) async fn one(&mut self, sql: &str) -> Result<()> {
+        self.settle().await?;
+        let out = self.wire.outbound();
+        frontend::parse("", sql, [], out)?;
+        // Bind the unnamed statement to the unnamed portal, without values; execute it.
+        out.put_slice(b"B\0\0\0\x0c\0\0\0\0\0\0\0\0E\0\0\0\x09\0\0\0\0\0");
+        frontend::sync(out);
+        self.wire.flush().await?;
+        let mut outcome = Ok(());
+        loop {
+            let frame = self.wire.frame().await?;
+            match frame.tag {
+                backend::ERROR_RESPONSE_TAG => outcome = Err(wire::error_of(&frame.body)),
+                backend::READY_FOR_QUERY_TAG => return outcome,
+                _ => {}
+            }
+        }
+    }
+
     /// Ends the transaction: COMMIT, and the word that it is durable.
     pub(super) async fn commit(&mut self) -> Result<()> {
         self.execute(StatementKey::Own("COMMIT"), || "COMMIT".to_owned(), std::iter::empty(), Purpose::Own("COMMIT"))

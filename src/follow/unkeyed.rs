@@ -35,13 +35,25 @@ const COUNTS: &str = r"
     JOIN unnest($1::text[], $2::text[]) t (schema_name, table_name)
          ON t.schema_name = s.schemaname AND t.table_name = s.relname";
 
-/// Writes down where the counters stand, for the tables that are not copied yet. To be called before each cut.
+/// Writes down where the counters stand, for the tables that are not copied yet, and watches those no longer that have an
+/// identity by now. To be called before each cut, once the publications fit.
+///
+/// A table that is not copied yet is copied under a cut that comes after this: what was changed before is in the copy, and what is
+/// changed afterwards is in the stream. A death in between leaves it to be copied, under a later cut.
 ///
 /// # Errors
 /// The connections'.
 pub async fn remember(source: &Server, store: &Store, tables: &[Table]) -> Result<()> {
     let unkeyed: Vec<&QualifiedName> =
         tables.iter().filter(|table| table.identity == ReplicaIdentity::Nothing).map(|table| &table.name).collect();
+    let watched = store.unkeyed().await?;
+    let identified: Vec<QualifiedName> = tables
+        .iter()
+        .filter(|table| table.identity != ReplicaIdentity::Nothing)
+        .filter(|table| watched.iter().any(|(name, _)| *name == table.name))
+        .map(|table| table.name.clone())
+        .collect();
+    store.forget_unkeyed(&identified).await?;
     if unkeyed.is_empty() {
         return Ok(());
     }

@@ -25,7 +25,7 @@ use tokio::sync::Mutex;
 use crate::config::{Config, WithoutIdentity};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{self, ReplicaIdentity};
-use crate::postgres::{QualifiedName, Server};
+use crate::postgres::{QualifiedName, Server, Session};
 use crate::state::{Store, fence_sql, preparing_sql};
 use crate::telemetry::Telemetry;
 use objects::Objects;
@@ -150,26 +150,7 @@ impl Ahead {
         for (session, server) in [(&source, context.source), (&target, context.target)] {
             session.end_others(&server.application_name("carry")).await.doing(|| "ending an earlier pass")?;
         }
-        let scope = &context.config.scope;
-        let mut tables: Vec<Leftover> = catalog::unlogged_tables(&*source)
-            .await?
-            .into_iter()
-            .filter(|table| scope.contains(&table.name, &table.above))
-            .map(|table| Leftover { table, followed: false })
-            .collect();
-        if context.config.follow.without_identity == WithoutIdentity::Copy {
-            let moved: HashSet<QualifiedName> = context.store.tables().await?.into_iter().map(|t| t.name).collect();
-            // Also one that has an identity by now: what changed before then was not carried.
-            let watched: HashSet<QualifiedName> =
-                context.store.unkeyed().await?.into_iter().map(|(name, _)| name).collect();
-            let without = catalog::tables(&*source).await?.into_iter().filter(|table| {
-                moved.contains(&table.name)
-                    && (table.identity == ReplicaIdentity::Nothing || watched.contains(&table.name))
-            });
-            tables.extend(without.map(|table| Leftover { table, followed: true }));
-        }
-        tables.sort_by_key(|left| std::cmp::Reverse(left.table.bytes));
-        same_shape(&target, &tables).await?;
+        let tables = leftovers(&source, &target, context.config, context.store).await?;
         let objects = context.config.large_objects;
         let some_objects = objects && objects::any(&source, context.store).await?;
         Ok(Self { tables, objects, some_objects, expected: Duration::ZERO })
@@ -180,15 +161,7 @@ impl Ahead {
     /// # Errors
     /// Class no: a table came, went or changed. Those of [`Ahead::find`].
     pub async fn still(&self, context: &Context<'_>) -> Result<()> {
-        let now = Self::find(context).await?;
-        let shape = |left: &Leftover| (left.table.oid, left.table.name.clone(), left.table.columns.clone());
-        let (before, after): (Vec<_>, Vec<_>) =
-            (self.tables.iter().map(shape).collect(), now.tables.iter().map(shape).collect());
-        let changed = after.iter().find(|one| !before.contains(one)).or(before.iter().find(|one| !after.contains(one)));
-        let Some((_, name, _)) = changed else { return Ok(()) };
-        let message = format!("table {} came, went or was altered while the cutover was prepared", name.plain());
-        Err(Error::new(Class::No, "leftover_shape", message)
-            .hint("cut over again, and leave the schema alone meanwhile"))
+        same_tables(&self.tables, &Self::find(context).await?.tables)
     }
 
     /// Whether there is nothing to carry.
@@ -261,7 +234,14 @@ impl Ahead {
         }
         let at_once = if self.some_objects { workers } else { 1 };
         let objects = if self.objects { Some(Objects::connect(context, at_once).await?) } else { None };
-        Ok(Rest { tables: self.tables.clone(), at_once: pairs.len().max(1), pairs: Mutex::new(pairs), objects })
+        let catalogs = tokio::try_join!(context.source.connect("carry"), context.target.connect("carry"))?;
+        Ok(Rest {
+            tables: self.tables.clone(),
+            at_once: pairs.len().max(1),
+            pairs: Mutex::new(pairs),
+            objects,
+            catalogs,
+        })
     }
 }
 
@@ -271,9 +251,27 @@ pub struct Rest {
     at_once: usize,
     pairs: Mutex<Vec<Pair>>,
     objects: Option<Objects>,
+    /// To ask the source and the target whether something else is left over by now.
+    catalogs: (Session, Session),
 }
 
 impl Rest {
+    /// Whether there is nothing to carry.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.tables.is_empty() && self.objects.is_none()
+    }
+
+    /// Refuses if something else is left over by now, such as a table that lost its replica identity on the way to the fence:
+    /// it would be neither carried nor proven. To be asked behind the fence and the drain, where nothing changes any more.
+    ///
+    /// # Errors
+    /// Class no: a table came, went or changed. The connections'.
+    pub async fn still(&self, config: &Config, store: &Store) -> Result<()> {
+        let (source, target) = &self.catalogs;
+        same_tables(&self.tables, &leftovers(source, target, config, store).await?)
+    }
+
     /// Brings the target to exactly what the source holds, and proves it. Both must stand still.
     ///
     /// # Errors
@@ -312,6 +310,37 @@ impl Rest {
         }
         Ok(all)
     }
+}
+
+/// The tables of which rows are in no stream, largest first.
+async fn leftovers(source: &Session, target: &Session, config: &Config, store: &Store) -> Result<Vec<Leftover>> {
+    let mut tables: Vec<Leftover> = catalog::unlogged_tables(&**source)
+        .await?
+        .into_iter()
+        .filter(|table| config.scope.contains(&table.name, &table.above))
+        .map(|table| Leftover { table, followed: false })
+        .collect();
+    if config.follow.without_identity == WithoutIdentity::Copy {
+        let moved: HashSet<QualifiedName> = store.tables().await?.into_iter().map(|table| table.name).collect();
+        // Also one that has an identity by now: what changed before then was not carried.
+        let watched: HashSet<QualifiedName> = store.unkeyed().await?.into_iter().map(|(name, _)| name).collect();
+        let without = catalog::tables(&**source).await?.into_iter().filter(|table| {
+            moved.contains(&table.name) && (table.identity == ReplicaIdentity::Nothing || watched.contains(&table.name))
+        });
+        tables.extend(without.map(|table| Leftover { table, followed: true }));
+    }
+    tables.sort_by_key(|left| std::cmp::Reverse(left.table.bytes));
+    same_shape(target, &tables).await?;
+    Ok(tables)
+}
+
+fn same_tables(before: &[Leftover], now: &[Leftover]) -> Result<()> {
+    let shape = |left: &Leftover| (left.table.oid, left.table.name.clone(), left.table.columns.clone());
+    let (before, after): (Vec<_>, Vec<_>) = (before.iter().map(shape).collect(), now.iter().map(shape).collect());
+    let changed = after.iter().find(|one| !before.contains(one)).or(before.iter().find(|one| !after.contains(one)));
+    let Some((_, name, _)) = changed else { return Ok(()) };
+    let message = format!("table {} came, went or was altered while the cutover was prepared", name.plain());
+    Err(Error::new(Class::No, "leftover_shape", message).hint("cut over again, and leave the schema alone meanwhile"))
 }
 
 /// A server that works for a client that is gone notices it in time, where it can.

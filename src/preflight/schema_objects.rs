@@ -38,7 +38,9 @@ const FOREIGN_SERVERS: &str = "SELECT srvname::text FROM pg_catalog.pg_foreign_s
 
 const EVENT_TRIGGER_NAMES: &str = r"
     SELECT e.evtname::text FROM pg_catalog.pg_event_trigger e
-    WHERE e.evtenabled <> 'D' AND e.evtname NOT LIKE 'pgtandem%'
+    JOIN pg_catalog.pg_proc p ON p.oid = e.evtfoid
+    JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+    WHERE e.evtenabled <> 'D' AND n.nspname <> 'pgtandem'
       AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
                       WHERE d.classid = 'pg_catalog.pg_event_trigger'::pg_catalog.regclass
                         AND d.objid = e.oid AND d.deptype = 'e')

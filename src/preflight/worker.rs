@@ -4,9 +4,9 @@ use super::Finding;
 use super::finding::kinds;
 use super::look::{Attempt, Look};
 use super::privileges::{attempt_write, plain, tables};
-use crate::config::Engine;
+use crate::config::{Engine, WithoutIdentity};
 use crate::error::{Error, Result};
-use crate::follow::subscription;
+use crate::follow::subscription::{self, Reached};
 use crate::postgres::catalog::IS_USER_TABLE;
 use crate::postgres::{Server, Side, quote_identifier};
 
@@ -14,6 +14,9 @@ use crate::postgres::{Server, Side, quote_identifier};
 const PROBE: &str = "
     CREATE SUBSCRIPTION pgtandem_probe CONNECTION 'host=probe dbname=probe user=probe password=probe'
         PUBLICATION pgtandem_probe WITH (connect = false, create_slot = false, enabled = false, slot_name = NONE)";
+
+const TEMPORARY_RIGHT: &str = "
+    SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'TEMPORARY')";
 
 const ORIGIN_RIGHTS: &str = "
     SELECT pg_catalog.has_function_privilege('pg_catalog.pg_replication_origin_advance(text, pg_lsn)', 'EXECUTE')
@@ -25,7 +28,9 @@ const FREE_ORIGINS: &str = "
                     pg_catalog.current_setting('max_replication_slots'))::int8
          - (SELECT count(*) FROM pg_catalog.pg_replication_origin)";
 
-/// Tables whose rows are found by comparing all columns, with a column that has no equality to compare by.
+/// Tables whose rows are found by comparing all columns, with a column that has no equality to compare by. `$1`: those as well
+/// that nothing identifies yet, for the move will give them REPLICA IDENTITY FULL; where a column is virtual that is of no
+/// use, and not done.
 fn without_equality() -> String {
     format!(
         r"
@@ -37,8 +42,14 @@ fn without_equality() -> String {
         JOIN pg_catalog.pg_type t
              ON t.oid = CASE WHEN given.typtype = 'd' THEN given.typbasetype
                              WHEN given.typcategory = 'A' THEN given.typelem ELSE given.oid END
-        WHERE c.relkind = 'r' AND c.relreplident = 'f' AND t.typtype = 'b' AND t.typcategory <> 'A' AND {IS_USER_TABLE}
-          AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)
+        WHERE c.relkind = 'r' AND t.typtype = 'b' AND t.typcategory <> 'A' AND {IS_USER_TABLE}
+          AND (c.relreplident = 'f'
+               OR $1 AND NOT (c.relreplident = 'i' AND EXISTS (
+                         SELECT FROM pg_catalog.pg_index i
+                         WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid))
+                     AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute v
+                                     WHERE v.attrelid = c.oid AND v.attgenerated = 'v' AND NOT v.attisdropped))
+          AND NOT EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate)
           AND NOT EXISTS (
               SELECT FROM pg_catalog.pg_opclass o JOIN pg_catalog.pg_am m ON m.oid = o.opcmethod
               WHERE m.amname IN ('btree', 'hash') AND o.opcdefault
@@ -80,8 +91,23 @@ kinds! {
         why: "with the subscription engine it is the target that connects, not pgtandem",
         fix: "set source.url_from_target to an address, user and password that work from there, and let the target in by firewall and pg_hba.conf",
     }
+    NO_TEMPORARY_RIGHT = Blocking "no_temporary_right" {
+        what: "the target's role may not make temporary tables",
+        why: "the connection to the source is handed to the target's server in one, so that no log shows its password",
+        fix: "GRANT TEMPORARY ON DATABASE … TO …, or follow.engine = \"stream\"",
+    }
+    LOG_TELLS = Blocking "subscription_log_tells" {
+        what: "the target would write down the connection to the source with its password",
+        why: "the statement that makes a subscription holds it; the role may not switch off what logs or counts statements inside a block",
+        fix: "GRANT SET ON PARAMETER … TO …, or ALTER ROLE … SET …, as a superuser, or follow.engine = \"stream\"",
+    }
+    LOG_MAY_TELL = Warning "subscription_log_may_tell" {
+        what: "the target's role may not keep the context of messages out of the server's log",
+        why: "if the session is ended from outside while it makes or starts the subscription, the log shows the statement with the password; for that reason it was not tried whether the target reaches the source",
+        fix: "GRANT SET ON PARAMETER log_error_verbosity TO …, as a superuser, or follow.engine = \"stream\"",
+    }
     NO_EQUALITY = Warning "full_identity_without_equality" {
-        what: "tables under REPLICA IDENTITY FULL have columns of types without an equality",
+        what: "tables under REPLICA IDENTITY FULL, or that will be given it, have columns of types without an equality",
         why: "the target's worker compares whole rows by it, and an update or delete there ends it again and again",
         fix: "give the table a key, or use follow.engine = \"stream\"",
     }
@@ -121,6 +147,11 @@ pub(super) async fn rights(look: &Look<'_>) -> Result<Vec<Finding>> {
         return Ok(vec![NO_SUBSCRIPTION_RIGHT.on(side, words).fix(fix)]);
     }
     let mut found = Vec::new();
+    if !target.client.query_one(TEMPORARY_RIGHT, &[]).await?.try_get::<_, bool>(0)? {
+        let (user_name, database) = (&target.facts.user, quote_identifier(&target.facts.database));
+        let what = format!("{user_name} may not make temporary tables in {}", target.facts.database);
+        found.push(NO_TEMPORARY_RIGHT.on(side, what).fix(format!("GRANT TEMPORARY ON DATABASE {database} TO {user};")));
+    }
     if !target.client.query_one(ORIGIN_RIGHTS, &[]).await?.try_get::<_, bool>(0)? {
         let what = format!("{} may not execute pg_replication_origin_advance and _progress", target.facts.user);
         let fix = format!(
@@ -144,7 +175,8 @@ pub(super) async fn identity_without_equality(look: &Look<'_>) -> Result<Vec<Fin
     if look.config.follow.engine != Engine::Subscription {
         return Ok(Vec::new());
     }
-    let names = look.names_in_scope(look.source.client.query(&without_equality(), &[]).await?)?;
+    let given = look.config.follow.without_identity == WithoutIdentity::Full;
+    let names = look.names_in_scope(look.source.client.query(&without_equality(), &[&given]).await?)?;
     if names.is_empty() {
         return Ok(Vec::new());
     }
@@ -158,7 +190,17 @@ pub(super) async fn reach(look: &Look<'_>, source: &Server, target: &Server) -> 
         return Ok(Vec::new());
     }
     match subscription::reaches(look.config, source, target).await {
-        Ok(()) => Ok(Vec::new()),
+        Ok(Reached::Yes) => Ok(Vec::new()),
+        Ok(Reached::Untried) => {
+            let user = &look.target.facts.user;
+            let what =
+                format!("{user} may not set log_error_verbosity; whether the target reaches the source was not tried");
+            let fix = format!("GRANT SET ON PARAMETER log_error_verbosity TO {};", quote_identifier(user));
+            Ok(vec![LOG_MAY_TELL.on(Side::Target, what).fix(fix)])
+        }
+        Err(error) if error.code() == "subscription_log_tells" => {
+            Ok(vec![LOG_TELLS.on(Side::Target, Error::to_string(&error))])
+        }
         Err(error) if error.code() == "subscription_unreachable" => {
             Ok(vec![UNREACHABLE.on(Side::Target, Error::to_string(&error))])
         }

@@ -12,7 +12,7 @@ use crate::postgres::{QualifiedName, Server, Session, quote_identifier, quote_li
 use crate::state::{HeldBack, Store};
 
 /// The foreign keys of a source.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ForeignKeys(Vec<ForeignKey>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +58,14 @@ impl ForeignKeys {
             });
         }
         Ok(Self(keys))
+    }
+
+    /// Reads all of them, to see whether they change.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn all(source: &Session) -> Result<Self> {
+        Self::read(source, &HashSet::new()).await
     }
 
     /// How many there are.

@@ -106,14 +106,14 @@ pub(crate) async fn find(session: &Session, event_triggers: &[String]) -> Result
 ///
 /// Returns them, and the names of all triggers and rules that the source has. One that is held back and that the source does not have
 /// under this name keeps its place: a rename of it may still be on its way.
-pub(crate) async fn as_on_the_source(source: &Session, target: &Session) -> Result<(Vec<HeldBack>, Vec<String>)> {
+pub(crate) async fn as_on_the_source(source: &Session, target: &Session) -> Result<(Vec<HeldBack>, HashSet<String>)> {
     let found = find(source, &[]).await?;
     let names = async |session: &Session| -> Result<HashSet<String>> {
         let rows = session.query(&every_object(), &[]).await.doing(|| "listing triggers and rules")?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     };
     let (known, there) = (names(source).await?, names(target).await?);
-    Ok((found.into_iter().filter(|object| there.contains(&object.what)).collect(), known.into_iter().collect()))
+    Ok((found.into_iter().filter(|object| there.contains(&object.what)).collect(), known))
 }
 
 /// [`HeldBack::what`] of each trigger and rule, enabled or not.

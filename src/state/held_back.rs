@@ -1,5 +1,6 @@
 //! What was disabled on the target until the cutover, with the statements that bring it back exactly as it was.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::{Store, fence_sql, only_the_leader, preparing_sql};
@@ -7,7 +8,7 @@ use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
 /// One trigger, rule or event trigger.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HeldBack {
     /// For people: `trigger touch on public.orders`.
     pub what: String,
@@ -58,19 +59,28 @@ impl Store {
     }
 
     /// Of the triggers and rules that are `known`, the cutover is to bring back these, and no others. They are disabled already,
-    /// so that no lock of a table is asked for beside the applier.
+    /// so that no lock of a table is asked for beside the applier. As [`Store::release_in_cutover`] it happens only while the cutover is
+    /// `preparing`.
     ///
     /// # Errors
     /// The connection's; the target's refusal; class retry if the move is not of this epoch any more.
-    pub async fn hold_back_instead(&self, epoch: i64, objects: &[HeldBack], known: &[String]) -> Result<()> {
+    pub async fn hold_back_instead(
+        &self,
+        cutover: i64,
+        epoch: i64,
+        objects: &[HeldBack],
+        known: &HashSet<String>,
+    ) -> Result<()> {
         let known = known.iter().map(|what| quote_literal(what)).collect::<Vec<_>>().join(", ");
         let fence = fence_sql(self.name.as_str(), epoch);
         let done = self
             .execute(&format!(
                 "BEGIN; SET LOCAL lock_timeout = '5s';
+             {};
              DELETE FROM pgtandem.held_back WHERE move = {}
                  AND what = ANY (ARRAY[{known}]::text[]);
              {}; {fence}; COMMIT",
+                preparing_sql(cutover),
                 quote_literal(self.name.as_str()),
                 noted_sql(self.name.as_str(), objects)
             ))
@@ -132,13 +142,26 @@ impl Store {
     /// # Errors
     /// The connection's.
     pub async fn held_back(&self) -> Result<Vec<String>> {
+        Ok(self.held_back_objects().await?.into_iter().map(|object| object.what).collect())
+    }
+
+    /// What is held back, in the order of disabling.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn held_back_objects(&self) -> Result<Vec<HeldBack>> {
         let session = self.session().await?;
         let rows = session
             .get()?
-            .query("SELECT what FROM pgtandem.held_back WHERE move = $1 ORDER BY ordinal", &[&self.name.as_str()])
+            .query(
+                "SELECT what, enable, disable FROM pgtandem.held_back WHERE move = $1 ORDER BY ordinal",
+                &[&self.name.as_str()],
+            )
             .await
             .doing(|| "reading what is held back")?;
-        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+        rows.iter()
+            .map(|row| Ok(HeldBack { what: row.try_get(0)?, enable: row.try_get(1)?, disable: row.try_get(2)? }))
+            .collect()
     }
 
     /// The schema of the target is being restored in steps that a death would leave half done, or is whole again.

@@ -82,8 +82,16 @@ CREATE TABLE IF NOT EXISTS pgtandem.given_identity (
     schema_name text NOT NULL,
     table_name  text NOT NULL,
     before      text NOT NULL,
-    PRIMARY KEY (move, schema_name, table_name)
+    source_oid  oid NOT NULL DEFAULT 0,
+    PRIMARY KEY (move, source_oid, schema_name, table_name)
 );
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                   WHERE attrelid = 'pgtandem.given_identity'::pg_catalog.regclass AND attname = 'source_oid') THEN
+        ALTER TABLE pgtandem.given_identity ADD COLUMN source_oid oid NOT NULL DEFAULT 0,
+            DROP CONSTRAINT given_identity_pkey, ADD PRIMARY KEY (move, source_oid, schema_name, table_name);
+    END IF;
+END $$;
 
 CREATE TABLE IF NOT EXISTS pgtandem.large_object (
     move text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
@@ -134,6 +142,10 @@ CREATE TABLE IF NOT EXISTS pgtandem.ddl (
     seen_at   timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (move, lsn, ordinal)
 );
+
+ALTER TABLE pgtandem.ddl
+    ADD COLUMN IF NOT EXISTS text_digest text,
+    ADD COLUMN IF NOT EXISTS position    bigint;
 
 CREATE TABLE IF NOT EXISTS pgtandem.missing_row (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

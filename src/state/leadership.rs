@@ -22,6 +22,15 @@ impl Leadership {
         self.epoch
     }
 
+    /// Raises the epoch again, for another try under the same lock: what the last one left on its way changes nothing any more.
+    ///
+    /// # Errors
+    /// The connection's, and with it the lock is gone.
+    pub async fn renew(&mut self, store: &Store) -> Result<()> {
+        self.epoch = store.raise_epoch(&self.session).await?;
+        Ok(())
+    }
+
     /// Completes once the lock's session ended, and with it the right to go on.
     pub async fn lost(&mut self) -> Error {
         while self.session.notification().await.is_some() {}
@@ -51,15 +60,19 @@ impl Store {
             )
             .await
             .doing(|| "taking the move")?;
-        let epoch = session
+        let epoch = self.raise_epoch(&session).await?;
+        Ok(Some(Leadership { session, epoch }))
+    }
+
+    async fn raise_epoch(&self, session: &Session) -> Result<i64> {
+        let row = session
             .query_one(
                 "UPDATE pgtandem.progress SET epoch = epoch + 1 WHERE move = $1 RETURNING epoch",
                 &[&self.name.as_str()],
             )
             .await
-            .doing(|| "raising the epoch of the move")?
-            .try_get(0)?;
-        Ok(Some(Leadership { session, epoch }))
+            .doing(|| "raising the epoch of the move")?;
+        Ok(row.try_get(0)?)
     }
 
     /// Whether some daemon holds the move right now.

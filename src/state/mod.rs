@@ -25,7 +25,7 @@ pub use journal::{CutoverRecord, CutoverState, StepRecord, preparing_sql};
 pub use leadership::Leadership;
 pub use progress::progress_sql;
 pub use request::{Request, RequestKind, RequestState};
-pub use schema_change::SchemaChange;
+pub use schema_change::{SchemaChange, text_digest};
 pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
 pub use unkeyed::GivenIdentity;
 

@@ -17,19 +17,40 @@ pub struct SchemaChange {
     pub statement: String,
     /// Who ran it.
     pub role: String,
+    /// Where it stands in the text that the client sent, and that text.
+    pub chosen: Option<(String, i64)>,
+}
+
+/// What a text is known by in the state, as an expression: it may be long, and hold what is not to be shown.
+#[must_use]
+pub fn text_digest(text: &str) -> String {
+    format!("pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')), 'hex')", quote_literal(text))
 }
 
 impl SchemaChange {
+    /// With its place in the text that the client sent, where that is known.
+    #[must_use]
+    pub fn chosen(self, text: &str, position: Option<usize>) -> Self {
+        let position = position.filter(|_| !text.is_empty()).and_then(|position| i64::try_from(position).ok());
+        Self { chosen: position.map(|position| (text.to_owned(), position)), ..self }
+    }
+
     /// Writes it down, as a part of a transaction: `carried`, `found` or `refused`. What a person marked as `skip` stays so.
     #[must_use]
     pub fn sql(&self, move_name: &str, state: &str, error: Option<&str>) -> String {
         let [name, tag, statement, role, state] =
             [move_name, &self.tag, &self.statement, &self.role, state].map(quote_literal);
+        let (digest, position) = match &self.chosen {
+            Some((text, position)) => (text_digest(text), position.to_string()),
+            None => ("NULL".to_owned(), "NULL".to_owned()),
+        };
         format!(
-            "INSERT INTO pgtandem.ddl AS known (move, lsn, ordinal, tag, statement, role, state, error)
-             VALUES ({name}, '{}', {}, {tag}, {statement}, {role}, {state}, {})
-             ON CONFLICT (move, lsn, ordinal) DO UPDATE SET state = excluded.state, error = excluded.error, seen_at = now()
-             WHERE known.state <> 'skip'",
+            "INSERT INTO pgtandem.ddl AS known (move, lsn, ordinal, tag, statement, role, state, error, text_digest, position)
+             VALUES ({name}, '{}', {}, {tag}, {statement}, {role}, {state}, {}, {digest}, {position})
+             ON CONFLICT (move, lsn, ordinal) DO UPDATE SET
+                 state = CASE known.state WHEN 'skip' THEN 'skip' ELSE excluded.state END,
+                 error = CASE known.state WHEN 'skip' THEN known.error ELSE excluded.error END,
+                 seen_at = now(), text_digest = excluded.text_digest, position = excluded.position",
             self.lsn,
             self.ordinal,
             error.map_or_else(|| "NULL".to_owned(), quote_literal)

@@ -8,8 +8,10 @@ use crate::postgres::{QualifiedName, quote_literal};
 /// that it had.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GivenIdentity {
-    /// Schema and name.
+    /// Schema and name that it had then.
     pub table: QualifiedName,
+    /// Its `pg_class.oid` on the source, which stays when it is renamed; 0 where an older version wrote it down.
+    pub oid: u32,
     /// Such as `REPLICA IDENTITY DEFAULT`.
     pub before: String,
 }
@@ -23,8 +25,10 @@ impl Store {
         let [name, schema, table, before] =
             [self.name.as_str(), &given.table.schema, &given.table.name, &given.before].map(quote_literal);
         self.execute(&format!(
-            "INSERT INTO pgtandem.given_identity (move, schema_name, table_name, before)
-             VALUES ({name}, {schema}, {table}, {before}) ON CONFLICT DO NOTHING"
+            "INSERT INTO pgtandem.given_identity (move, source_oid, schema_name, table_name, before)
+             SELECT {name}, {oid}, {schema}, {table}, {before}
+             WHERE NOT EXISTS (SELECT FROM pgtandem.given_identity WHERE move = {name} AND source_oid = {oid})",
+            oid = given.oid
         ))
         .await
         .doing(|| format!("remembering the replica identity of table {}", given.table.plain()))
@@ -47,7 +51,9 @@ impl Store {
         }
         let rows = client
             .query(
-                "SELECT schema_name, table_name, before FROM pgtandem.given_identity WHERE move = $1 ORDER BY 1, 2",
+                "SELECT schema_name, table_name, before,
+                        COALESCE(pg_catalog.to_jsonb(given) ->> 'source_oid', '0')::oid
+                 FROM pgtandem.given_identity given WHERE move = $1 ORDER BY 1, 2",
                 &[&self.name.as_str()],
             )
             .await
@@ -55,7 +61,7 @@ impl Store {
         rows.iter()
             .map(|row| {
                 let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
-                Ok(GivenIdentity { table, before: row.try_get(2)? })
+                Ok(GivenIdentity { table, oid: row.try_get(3)?, before: row.try_get(2)? })
             })
             .collect()
     }
@@ -77,6 +83,27 @@ impl Store {
             ))
             .await
             .doing(|| "remembering the tables without a replica identity")?;
+        }
+        Ok(())
+    }
+
+    /// These have a replica identity by now: those of them that are yet to be copied are not watched any more.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn forget_unkeyed(&self, tables: &[QualifiedName]) -> Result<()> {
+        for table in tables {
+            let [name, schema, table] = [self.name.as_str(), &table.schema, &table.name].map(quote_literal);
+            self.execute(&format!(
+                "DELETE FROM pgtandem.unkeyed_table known
+                 WHERE move = {name} AND schema_name = {schema} AND table_name = {table}
+                   AND NOT EXISTS (
+                     SELECT FROM pgtandem.copy_table t
+                     WHERE t.move = known.move AND t.schema_name = known.schema_name
+                       AND t.table_name = known.table_name AND t.state = 'copied')"
+            ))
+            .await
+            .doing(|| "letting go of a table that has a replica identity by now")?;
         }
         Ok(())
     }

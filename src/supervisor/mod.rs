@@ -141,15 +141,15 @@ impl Supervisor<'_> {
     async fn supervise(&self) -> Result<()> {
         self.enter().await?;
         let mut wait = FIRST_WAIT;
+        let mut held = None;
         loop {
-            let Some(mut leadership) = self.lead().await? else { return Ok(()) };
+            let Some(mut leadership) = self.lead_on(held.take()).await? else { return Ok(()) };
             let epoch = leadership.epoch();
             let began = std::time::Instant::now();
             let walked = tokio::select! {
                 walked = self.advance(epoch) => walked,
                 lost = leadership.lost() => Err(lost),
             };
-            drop(leadership);
             let error = match walked {
                 Ok(End::Stopped) => {
                     tracing::info!("stopped; `pgtandem run` goes on from here");
@@ -185,7 +185,28 @@ impl Supervisor<'_> {
                 return Ok(());
             }
             wait = (wait * 2).min(LONGEST_WAIT);
+            // Whoever waits for the next try still has the move: nobody is to clean it away meanwhile, nor be told that no
+            // daemon runs.
+            held = Some(leadership);
         }
+    }
+
+    /// The lead for another try: that of the last one, if it still stands.
+    async fn lead_on(&self, held: Option<Leadership>) -> Result<Option<Leadership>> {
+        if let Some(mut leadership) = held {
+            match leadership.renew(&self.store).await {
+                Ok(()) => return Ok(Some(leadership)),
+                Err(error) => tracing::debug!(%error, "the lead of the move is gone; taking it anew"),
+            }
+        }
+        let leadership = self.lead().await?;
+        // What stopped the daemon before is no reason any more; it is said again if it is still so.
+        if leadership.is_some()
+            && let Err(error) = self.store.set_error(None).await
+        {
+            tracing::debug!(%error, "the last error could not be taken out of the state");
+        }
+        Ok(leadership)
     }
 
     /// Under `follow.ddl = "replicate"` a schema change that is not carried is waited for: a person makes it on the target, or

@@ -12,12 +12,15 @@ use crate::cutover::{Cutover, refusal};
 use crate::error::{Class, Error, Result};
 use crate::follow::lookout;
 use crate::follow::subscription::health::Health;
+use crate::leftover::identity;
 use crate::postgres::{QualifiedName, Session};
-use crate::schema::hold_back;
 use crate::state::{Phase, Request, RequestKind};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How often it looks for new tables that nothing identifies.
+const LOOK_FOR_NEW_EVERY: Duration = Duration::from_secs(3);
 
 /// Between two attempts of `--cutover-when-ready`; each failed one has kept writers waiting, so the pause grows.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -107,6 +110,7 @@ impl<'a> Steering<'a> {
         let s = self.supervisor;
         let mut listener: Option<Session> = None;
         let (mut next_attempt, mut pause) = (Instant::now(), FIRST_PAUSE);
+        let mut look_for_new = Instant::now();
         loop {
             if s.stop.is_cancelled() || self.alone.is_cancelled() {
                 return Ok(Decision::Stopped);
@@ -129,6 +133,12 @@ impl<'a> Steering<'a> {
                     Err(error) => return Err(error),
                 }
                 continue;
+            }
+            if Instant::now() >= look_for_new {
+                look_for_new = Instant::now() + LOOK_FOR_NEW_EVERY;
+                if self.copies_what_came_without_identity().await? {
+                    return Ok(Decision::CopyAgain);
+                }
             }
             if listener.as_ref().is_none_or(|session| session.is_closed()) {
                 listener = Some(s.store.listen().await?);
@@ -204,6 +214,26 @@ impl<'a> Steering<'a> {
         }
     }
 
+    /// Whether there is a table now that is to be copied for that.
+    async fn copies_what_came_without_identity(&self) -> Result<bool> {
+        let s = self.supervisor;
+        let came = match identity::came_without(s.config, &s.source, &s.store).await {
+            Ok(came) => came,
+            // Following itself says what is wrong with a server.
+            Err(error) => {
+                tracing::debug!(%error, "new tables without a replica identity cannot be looked for");
+                return Ok(false);
+            }
+        };
+        if came.is_empty() {
+            return Ok(false);
+        }
+        let names = came.iter().map(QualifiedName::plain).collect::<Vec<_>>().join(", ");
+        tracing::info!(tables = names, "came without a replica identity: being given one, and copied");
+        s.store.copy_again(self.epoch, &came).await?;
+        Ok(true)
+    }
+
     fn cutover(&self) -> Cutover<'_> {
         let s = self.supervisor;
         Cutover {
@@ -220,22 +250,11 @@ impl<'a> Steering<'a> {
         }
     }
 
-    /// Triggers and rules may have been enabled, disabled or renamed on the source since they were restored.
-    async fn hold_back_as_on_the_source(&self) -> Result<()> {
-        let s = self.supervisor;
-        let (source, target) = tokio::try_join!(s.source.connect("catalog"), s.target.connect("catalog"))?;
-        let (objects, known) = hold_back::as_on_the_source(&source, &target).await?;
-        s.store.hold_back_instead(self.epoch, &objects, &known).await
-    }
-
     async fn cut_over(&self, request: Option<i64>, timeout: Duration) -> Result<Duration> {
         let s = self.supervisor;
         self.busy.set(true);
         s.store.set_phase(Phase::Cutover).await?;
-        let switched = match self.hold_back_as_on_the_source().await {
-            Ok(()) => self.cutover().run(request, timeout).await,
-            Err(error) => Err(error.reclassed(Class::No)),
-        };
+        let switched = self.cutover().run(request, timeout).await;
         self.busy.set(false);
         match switched {
             Ok(switched) => {

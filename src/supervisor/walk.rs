@@ -17,8 +17,8 @@ use crate::follow::{Follow, TABLES_TO_COPY, subscription, unkeyed, watching};
 use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
-use crate::postgres::{QualifiedName, Session};
-use crate::schema::{self, Archive, DataArchive, DumpRequest, Loading, Programs, Restorer};
+use crate::postgres::{Lsn, QualifiedName, Session};
+use crate::schema::{self, Archive, DataArchive, DumpRequest, ForeignKeys, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
 
 /// In bytes of WAL: a busy source is never at exactly zero.
@@ -37,6 +37,8 @@ pub(super) struct Walk<'a> {
 struct Kit {
     programs: Programs,
     archive: Archive,
+    /// The foreign keys of the source right before it was dumped.
+    foreign_keys: ForeignKeys,
     /// Whether our sessions on the target may keep triggers and foreign keys from firing.
     replica_role: bool,
 }
@@ -56,12 +58,13 @@ impl<'a> Walk<'a> {
             s.telemetry.activity("dumping the schema");
             let request =
                 DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
+            let foreign_keys = ForeignKeys::all(&source).await?;
             let archive = schema::dump(request).await?;
             for what in archive.left_out() {
                 tracing::info!("left out: {what}");
             }
             let replica_role = schema::can_set_replica_role(&target).await?;
-            self.kit = Some(Kit { programs, archive, replica_role });
+            self.kit = Some(Kit { programs, archive, foreign_keys, replica_role });
         }
         self.kit.as_ref().ok_or_else(|| Error::bug("the schema's archive was made and is not there"))
     }
@@ -145,7 +148,7 @@ impl<'a> Walk<'a> {
             return Ok(copy::Outcome::Complete);
         }
         let cancel = s.stop.child_token();
-        if s.unless_stopped(self.publish()).await?.is_none() {
+        if !self.pass_what_was_captured(&cancel).await? || s.unless_stopped(self.publish()).await?.is_none() {
             return Ok(copy::Outcome::Stopped);
         }
         let (exporter, cut) = self.cut(&cancel).await?;
@@ -196,11 +199,29 @@ impl<'a> Walk<'a> {
             return Ok(true);
         }
         tracing::info!(lsn = %cut.lsn, "following up to the cut");
+        self.follow_up_to(cut.lsn, stop).await
+    }
+
+    /// Where schema changes come with the stream. False if told to stop.
+    async fn follow_up_to(&self, lsn: Lsn, stop: &CancellationToken) -> Result<bool> {
         let replica_role = self.can_set_replica_role().await?;
         let publications = self.publications();
-        let follow = Follow { until: Some(cut.lsn), ..self.follower(replica_role, true, &publications) };
+        let follow = Follow { until: Some(lsn), ..self.follower(replica_role, true, &publications) };
         follow.run(stop).await?;
         Ok(!stop.is_cancelled())
+    }
+
+    /// The worker of a subscription cannot read what was captured, and once nothing is captured any more, tables that came or
+    /// went are taken for a difference that a person has to settle. So before the capture is removed, our stream goes up to
+    /// here. What is captured in the moment in between, before a death, is left to that person. False if told to stop.
+    async fn pass_what_was_captured(&self, stop: &CancellationToken) -> Result<bool> {
+        let s = self.supervisor;
+        if s.config.follow.engine != Engine::Subscription || !self.schema_comes_with_the_stream().await? {
+            return Ok(true);
+        }
+        let head = catalog::end_of_log(&*s.source.connect("catalog").await?).await?;
+        tracing::info!(lsn = %head, "following past the schema changes that are in the stream");
+        self.follow_up_to(head, stop).await
     }
 
     /// What a cut needs on the source before it.
@@ -337,19 +358,26 @@ impl<'a> Walk<'a> {
             return Ok(None);
         }
         let complete = self.schema_comes_with_the_stream().await?;
-        if !complete {
-            self.kit().await?;
-        }
         let record = s.record().await?;
         let replica_role = self.can_set_replica_role().await?;
         let mut beyond = record.last_cut_lsn.unwrap_or_default();
+        let stop = s.stop.child_token();
+        if !self.pass_what_was_captured(&stop).await? {
+            return Ok(Some(End::Stopped));
+        }
+        if !self.nothing_to_copy().await? {
+            s.enter_phase(Phase::Copy).await?;
+            return Ok(None);
+        }
+        if !complete {
+            beyond = beyond.max(self.kit_of_today().await?);
+        }
         if s.config.follow.engine == Engine::Subscription {
             // A worker cannot read what was captured: our stream goes past the last of it. The end of the log is asked each
             // time, for a death may have come between the two.
             self.capture().await?;
             beyond = beyond.max(catalog::end_of_log(&*s.source.connect("catalog").await?).await?);
         }
-        let stop = s.stop.child_token();
         let mut durable = s.durable.subscribe();
         let caught_up = async {
             loop {
@@ -371,6 +399,10 @@ impl<'a> Walk<'a> {
             return Ok(Some(End::Stopped));
         }
         if !complete {
+            if self.foreign_keys_changed().await? {
+                tracing::info!("foreign keys of the source changed meanwhile; following on before they are added");
+                return Ok(None);
+            }
             let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
             if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
                 return Ok(Some(End::Stopped));
@@ -378,6 +410,27 @@ impl<'a> Walk<'a> {
         }
         s.enter_phase(Phase::Follow).await?;
         Ok(None)
+    }
+
+    /// A dump with the foreign keys of this moment, and a point of the source's log behind it.
+    ///
+    /// The target has none of them yet, so one that is dropped on the source meanwhile is carried as one that was not there, and
+    /// the dump would bring it back. Therefore: the keys are read, then the schema is dumped, then everything up to the end of the log
+    /// is followed, and the keys are read again. If they are the same, those of the dump are those that the target must have
+    /// where it stands; if not, all of this is done again.
+    async fn kit_of_today(&mut self) -> Result<Lsn> {
+        if self.kit.is_some() && self.foreign_keys_changed().await? {
+            self.kit = None;
+        }
+        self.kit().await?;
+        catalog::end_of_log(&*self.supervisor.source.connect("catalog").await?).await
+    }
+
+    /// Whether the source has other foreign keys than when the schema was dumped.
+    async fn foreign_keys_changed(&self) -> Result<bool> {
+        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let session = self.supervisor.source.connect("catalog").await?;
+        Ok(ForeignKeys::all(&session).await? != kit.foreign_keys)
     }
 
     /// What only a state that the source once had satisfies.
@@ -483,7 +536,31 @@ impl<'a> Walk<'a> {
             }
         }
         s.store.plan_tables(&new).await?;
+        if captured {
+            self.copy_unpublished().await?;
+        }
         Ok(!self.nothing_to_copy().await?)
+    }
+
+    /// Where schema changes come with the stream, a table that could not be published in its own transaction is published by the
+    /// next copy, before its cut; what changed until then is in that copy. One that has another name by now may be meant by
+    /// an old name: then a table is copied that did not need it, and the other one when it is known by its name.
+    async fn copy_unpublished(&self) -> Result<()> {
+        let s = self.supervisor;
+        let records = s.store.tables().await?;
+        let copied: HashSet<QualifiedName> = records
+            .into_iter()
+            .filter(|table| table.state == TableState::Copied && !self.gone.contains(&table.name))
+            .map(|table| table.name)
+            .collect();
+        let mut tables = self.tables().await?;
+        tables.retain(|table| copied.contains(&table.name));
+        let session = s.source.connect("catalog").await?;
+        let unpublished = publication::unpublished(&*session, self.publications(), &tables).await?;
+        for table in &unpublished {
+            tracing::warn!(table = %table.plain(), "changes of the table were not published; it is published and copied again");
+        }
+        if unpublished.is_empty() { Ok(()) } else { s.store.copy_again(self.epoch, &unpublished).await }
     }
 
     pub(super) async fn follow(&mut self) -> Result<Option<End>> {

@@ -5,6 +5,7 @@ use crate::harness::{
     Cluster, Database, Finished, PASSWORD, PATIENCE, Pgtandem, Running, assert_same, versions_under_test, wait_until,
 };
 
+mod came;
 mod objects;
 mod unkeyed;
 mod unlogged;

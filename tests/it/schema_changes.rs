@@ -1,5 +1,7 @@
 //! Changes of the schema while a move follows: carried in order with the rows around them, or waited for with a way on.
 
+mod capture;
+
 use crate::harness::{Cluster, Database, PASSWORD, PATIENCE, Pgtandem, Running, assert_same, wait_until};
 
 const CONTENT: &str = "
@@ -116,6 +118,10 @@ alter table made drop column mood; update made set v = 'without a mood' where id
 alter table accounts disable row level security; create policy nobody on accounts using (false)
 create domain app2.positive as int check (value > 0); create table with_domain (id app2.positive primary key); insert into with_domain values (5)
 alter sequence app2.numbers increment 5; select nextval('app2.numbers')
+alter table accounts drop constraint if exists tall; alter table accounts add constraint tall check (level < 1000)
+alter table accounts drop constraint if exists tall; alter table accounts add constraint tall check (level < 2000); create index on accounts (owner)
+begin; savepoint s; create index on accounts (level); rollback to s; create index on accounts (balance); commit
+create index on accounts (lower(owner)); create index on accounts (upper(owner)); alter table accounts alter level set default 9
 "#;
 
 /// What rows do not show: keys, indexes, constraints, triggers, views, functions, types, policies, comments, owners.
@@ -251,6 +257,17 @@ async fn a_captured_change_that_the_target_refuses_is_waited_for() {
         ["1"],
         "nothing of its transaction is there"
     );
+    // Whoever asks for something meanwhile hears why it waits, and not that nobody is there. Between two tries the state
+    // knows of no error for a moment.
+    wait_until("a cutover is refused with the reason", PATIENCE, async || {
+        let refused = sides.pgtandem.run(&["cutover", "--timeout", "1s"]).await;
+        assert!(refused.code == Some(1) && !refused.stderr.contains("no_daemon"), "{refused}");
+        refused.stderr.contains("the daemon waits before it tries again")
+            && refused.stderr.contains("grant select on t")
+    })
+    .await;
+    let refused = sides.pgtandem.run(&["clean", "--yes"]).await;
+    assert!(refused.code == Some(1) && refused.stderr.contains("daemon_running"), "{refused}");
     // Mended, it goes on by itself.
     sides.to.execute("create role only_here").await;
     wait_until("it goes on", PATIENCE, async || sides.to.query_string("select count(*) from t").await == "3").await;

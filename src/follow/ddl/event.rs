@@ -1,9 +1,11 @@
 //! What the capture says about one statement, and what is to be done for it. Pure.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use serde::Deserialize;
 
+use super::choice::Candidates;
 use super::statement;
 use crate::config::Scope;
 use crate::postgres::{QualifiedName, quote_identifier};
@@ -24,6 +26,12 @@ pub(super) struct Event {
     pub role: Option<String>,
     /// The search path in which it was made.
     pub path: Option<String>,
+    /// The settings under which it was made; none where the source does not know one.
+    #[serde(default)]
+    pub settings: HashMap<String, Option<String>>,
+    /// Whether backslashes in its strings mean themselves: `standard_conforming_strings`.
+    #[serde(default = "yes")]
+    plain_backslashes: bool,
     #[serde(default)]
     pub objects: Vec<Object>,
     /// Tables that nothing identifies any more, and those that something identifies again.
@@ -33,23 +41,38 @@ pub(super) struct Event {
     pub failed: Option<String>,
 }
 
-/// Tables by schema and name; see [`super::capture`].
+fn yes() -> bool {
+    true
+}
+
+/// Tables by schema and name; see [`super::publishing`].
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct Identities {
     /// Their updates and deletes are not carried from here on.
     lost: Vec<(String, String)>,
     /// Theirs are carried again.
     gained: Vec<(String, String)>,
+    /// They could not be published as they should be: changes may be missing from here on.
+    #[serde(default)]
+    failed: Vec<(String, String)>,
 }
 
 impl Identities {
     pub(super) fn lost(&self) -> impl Iterator<Item = QualifiedName> {
-        self.lost.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone()))
+        names(&self.lost)
     }
 
     pub(super) fn gained(&self) -> impl Iterator<Item = QualifiedName> {
-        self.gained.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone()))
+        names(&self.gained)
     }
+
+    pub(super) fn failed(&self) -> impl Iterator<Item = QualifiedName> {
+        names(&self.failed)
+    }
+}
+
+fn names(pairs: &[(String, String)]) -> impl Iterator<Item = QualifiedName> {
+    pairs.iter().map(|(schema, name)| QualifiedName::new(schema.clone(), name.clone()))
 }
 
 /// One object that was made, changed or dropped.
@@ -75,6 +98,9 @@ pub(super) struct Table {
     above: Vec<(String, String)>,
     /// Names; types; collations that are not the type's own.
     columns: Vec<(String, String, Option<String>)>,
+    /// See [`super::describing::traits`].
+    #[serde(default)]
+    pub traits: Option<String>,
     /// Values of columns that were added without touching the rows: schema, table, column, an array of the value.
     pub missing: Vec<(String, String, String, String)>,
 }
@@ -113,33 +139,6 @@ pub(super) enum Deed {
     MakeAndCopy(String),
 }
 
-/// The statements of a text that may be the one, the likeliest first.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Candidates {
-    /// The text, and where in it each of them stands.
-    pub text: (String, String),
-    pub statements: Vec<(usize, String)>,
-    /// Some of them may have been rolled back.
-    pub rolls_back: bool,
-}
-
-/// Which statement of a text was the last one, for texts that hold several.
-#[derive(Debug, Default)]
-pub(super) struct Seen(HashMap<(String, String), usize>);
-
-/// So many texts are kept in mind.
-const TEXTS: usize = 100;
-
-impl Seen {
-    /// This one of the candidates it was.
-    pub(super) fn was(&mut self, candidates: &Candidates, position: usize) {
-        if self.0.len() >= TEXTS {
-            self.0.clear();
-        }
-        self.0.insert(candidates.text.clone(), position);
-    }
-}
-
 impl Event {
     pub(super) fn read(text: &[u8]) -> Result<Self, String> {
         serde_json::from_slice(text).map_err(|error| error.to_string())
@@ -160,7 +159,7 @@ impl Event {
     ///
     /// # Errors
     /// Why the statement is not known.
-    pub(super) fn deed(&self, scope: &Scope, seen: &Seen) -> Result<Deed, String> {
+    pub(super) fn deed(&self, scope: &Scope) -> Result<Deed, String> {
         if let Some(why) = &self.failed {
             return Err(format!("the source could not describe it: {why}"));
         }
@@ -178,7 +177,7 @@ impl Event {
                 .map(|table| Deed::MakeAndCopy(table.creation()))
                 .ok_or_else(|| "its table is not known".into());
         }
-        let Some(mut candidates) = self.candidates(seen)? else { return Ok(Deed::Nothing) };
+        let Some(mut candidates) = self.candidates()? else { return Ok(Deed::Nothing) };
         if matches!(self.tag.as_str(), "CREATE INDEX" | "DROP INDEX" | "ALTER TABLE") {
             for (_, text) in &mut candidates.statements {
                 *text = statement::without_concurrently(text);
@@ -199,11 +198,17 @@ impl Event {
 
     /// The statement itself, or those that it may be; `None` for a part of an extension's script, which comes with the
     /// extension.
-    fn candidates(&self, seen: &Seen) -> Result<Option<Candidates>, String> {
+    fn candidates(&self) -> Result<Option<Candidates>, String> {
         let text = match statement::inner(&self.context) {
             Ok(text) => text.unwrap_or(&self.query),
             Err(()) => return Err("it was run inside a function that does not tell its statements".into()),
         };
+        let text = if self.plain_backslashes {
+            Cow::Borrowed(text)
+        } else {
+            Cow::Owned(statement::with_plain_backslashes(text))
+        };
+        let text: &str = &text;
         let statements = statement::split(text);
         let with_tag: Vec<(usize, &str)> =
             statements.iter().copied().enumerate().filter(|(_, s)| statement::has_tag(s, &self.tag)).collect();
@@ -220,19 +225,11 @@ impl Event {
         if found.is_empty() {
             found = with_tag;
         }
-        let text = (self.session.clone(), text.to_owned());
-        // Statements run in their order: those behind the last one come first.
-        if let Some(last) = seen.0.get(&text) {
-            let behind = found.iter().take_while(|(at, _)| at <= last).count();
-            if behind < found.len() {
-                found.drain(..behind);
-            }
-        }
         let rolls_back = statements
             .iter()
             .any(|s| statement::first_words(s, 1).first().is_some_and(|word| word == "ROLLBACK" || word == "ABORT"));
         let statements = found.into_iter().map(|(at, s)| (at, s.to_owned())).collect();
-        Ok(Some(Candidates { text, statements, rolls_back }))
+        Ok(Some(Candidates { text: format!("{} {text}", self.session), statements, rolls_back }))
     }
 }
 
@@ -284,39 +281,47 @@ mod tests {
         Event::read(event.to_string().as_bytes()).unwrap()
     }
 
-    /// The likeliest statement, which is then remembered.
-    fn run(event: &Event, seen: &mut Seen) -> Option<String> {
-        match event.deed(&Scope::default(), seen).unwrap() {
-            Deed::Run(candidates) => {
-                let (at, statement) = candidates.statements.first().cloned().unwrap();
-                seen.was(&candidates, at);
-                Some(statement)
-            }
+    fn candidates(event: &Event) -> Option<Candidates> {
+        match event.deed(&Scope::default()).unwrap() {
+            Deed::Run(candidates) => Some(candidates),
             _ => None,
         }
     }
 
+    /// The likeliest statement.
+    fn run(event: &Event) -> Option<String> {
+        Some(candidates(event)?.statements.first()?.1.clone())
+    }
+
     #[test]
-    fn each_statement_of_a_text_is_found_in_its_turn() {
+    fn each_statement_of_a_text_is_found_by_its_tag_and_its_name() {
         let text = "create table a (); insert into a default values; create table b (); alter table a add x int; alter table a drop x";
-        let mut seen = Seen::default();
-        let mut run = |tag, identity| run(&event(tag, text, identity), &mut seen).unwrap();
-        assert_eq!(run("CREATE TABLE", "public.a"), "create table a ()");
-        assert_eq!(run("CREATE TABLE", "public.b"), "create table b ()");
-        assert_eq!(run("ALTER TABLE", "public.a"), "alter table a add x int");
-        assert_eq!(run("ALTER TABLE", "public.a"), "alter table a drop x");
+        assert_eq!(run(&event("CREATE TABLE", text, "public.a")).unwrap(), "create table a ()");
+        assert_eq!(run(&event("CREATE TABLE", text, "public.b")).unwrap(), "create table b ()");
+        let mut both = candidates(&event("ALTER TABLE", text, "public.a")).unwrap();
+        let place = both.next().unwrap();
+        assert_eq!(both.statements[0].1, "alter table a add x int");
+        both.behind(place);
+        assert_eq!(both.statements, [(4, "alter table a drop x".to_owned())]);
+    }
+
+    #[test]
+    fn strings_are_read_as_the_source_read_them() {
+        let mut event = event("CREATE TABLE", r"create table a (v text default '\'; drop table b --')", "public.a");
+        event.plain_backslashes = false;
+        assert_eq!(run(&event).unwrap(), r"create table a (v text default E'\'; drop table b --')");
     }
 
     #[test]
     fn what_an_extension_makes_comes_with_the_extension() {
-        let run = |tag| run(&event(tag, "alter extension x update", "public.f()"), &mut Seen::default());
+        let run = |tag| run(&event(tag, "alter extension x update", "public.f()"));
         assert_eq!(run("DROP FUNCTION"), None);
         assert_eq!(run("ALTER EXTENSION").as_deref(), Some("alter extension x update"));
     }
 
     #[test]
     fn a_statement_that_is_not_in_the_text_is_refused() {
-        let refused = event("CREATE TABLE", "select make()", "public.t").deed(&Scope::default(), &Seen::default());
+        let refused = event("CREATE TABLE", "select make()", "public.t").deed(&Scope::default());
         assert!(refused.is_err_and(|why| why.contains("CREATE TABLE")));
     }
 

@@ -18,7 +18,10 @@
 //!   applied, the shapes of both sides are compared anyway.
 
 pub mod capture;
+mod choice;
+mod describing;
 mod event;
+mod publishing;
 mod replay;
 mod statement;
 
@@ -32,7 +35,6 @@ use crate::postgres::QualifiedName;
 pub(super) struct SchemaChanges {
     /// The capture's table in the stream.
     relation: Option<u32>,
-    seen: event::Seen,
     /// How many the open transaction has brought.
     ordinal: i32,
     /// Tables that the next statement writes anew, with the reason.

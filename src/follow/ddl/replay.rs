@@ -1,8 +1,9 @@
 //! Running a captured statement on the target, and telling the state what it changed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use super::event::{Candidates, Deed, Event, Table};
+use super::choice::Candidates;
+use super::event::{Deed, Event, Table};
 use crate::config::Ddl;
 use crate::error::{Class, Doing, Error, Result};
 use crate::follow::apply::Applier;
@@ -12,14 +13,17 @@ use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::schema::hold_back;
 use crate::state::{SchemaChange, copied_sql, copying_sql, hold_back_sql};
 
-/// What a statement is refused with when its work is done already: duplicate column, object, schema, table, function, …
-const ALREADY: [&str; 6] = ["42701", "42710", "42P04", "42P06", "42P07", "42723"];
-/// … or, of one that drops or renames, when its object is not there: undefined column, function, table, object, schema.
-const NOT_THERE: [&str; 5] = ["42703", "42883", "42P01", "42704", "3F000"];
-
 /// `pg_event_trigger_table_rewrite_reason()`: a default that is not constant, and a change of type.
 const NEW_DEFAULT: i32 = 2;
 const NEW_TYPE: i32 = 4;
+
+/// A column that was added without touching the rows.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct FilledColumn {
+    table: QualifiedName,
+    column: String,
+    number: String,
+}
 
 /// A table of the move and its oid on the target.
 struct Known {
@@ -39,7 +43,7 @@ impl Applier {
             let why = "follow.ddl is \"stop\"";
             return Err(self.refused(at, change, Error::new(Class::Operator, "ddl_refused", why)).await);
         }
-        match event.deed(&self.settings.scope, &self.schema.seen) {
+        match event.deed(&self.settings.scope) {
             Ok(Deed::Nothing) => {
                 self.open_batch().await?;
                 self.schema.in_batch = true;
@@ -49,11 +53,8 @@ impl Applier {
                 *self.schema.rewritten.entry(table).or_default() |= reason;
                 Ok(())
             }
-            Ok(Deed::Run(candidates)) => self.replay(at, &event, &candidates, false).await,
-            Ok(Deed::MakeAndCopy(statement)) => {
-                let only = Candidates { statements: vec![(0, statement)], ..Candidates::default() };
-                self.replay(at, &event, &only, true).await
-            }
+            Ok(Deed::Run(candidates)) => self.replay(at, &event, candidates, false).await,
+            Ok(Deed::MakeAndCopy(statement)) => self.replay(at, &event, Candidates::only(statement), true).await,
             Err(why) => {
                 let change = self.describe(at, &event, &event.shown_text());
                 if self.is_to_be_skipped(at).await? {
@@ -64,29 +65,35 @@ impl Applier {
         }
     }
 
-    async fn replay(&mut self, at: Position, event: &Event, candidates: &Candidates, filled: bool) -> Result<()> {
-        let Some((_, statement)) = candidates.statements.first() else { return Ok(()) };
+    async fn replay(&mut self, at: Position, event: &Event, mut candidates: Candidates, filled: bool) -> Result<()> {
         self.open_batch().await?;
         self.schema.in_batch = true;
+        self.narrow(&mut candidates).await?;
+        let Some((_, statement)) = candidates.statements.first() else { return Ok(()) };
         let change = self.describe(at, event, &event.shown(statement));
         if self.is_to_be_skipped(at).await? {
             tracing::warn!(statement = change.statement, "a schema change is left out, as asked");
-            if let Some((position, _)) = candidates.statements.first() {
-                self.schema.seen.was(candidates, *position);
-            }
+            let change = change.chosen(&candidates.text, candidates.next());
+            let note = change.sql(self.settings.move_name.as_str(), "skip", None);
+            self.pipeline()?.query(&note).await.doing(|| "noting a schema change")?;
             return self.watch_identities(event).await;
         }
         let before = self.known_tables().await?;
         let mut again = self.written_anew(event, statement).await?;
+        let columns_before = self.filled_columns(event).await?;
         self.pipeline()?.query("SAVEPOINT schema_change").await?;
-        let (statement, state) = match self.execute_one_of(event, candidates).await {
+        let ran = match self.execute_one_of(event, &candidates).await {
             Ok(ran) => ran,
             Err(error) => return Err(self.refused(at, change, error).await),
         };
         self.pipeline()?.query("RELEASE SAVEPOINT schema_change").await?;
-        let change = self.describe(at, event, &event.shown(&statement));
+        let state = ran.state;
+        let change =
+            self.describe(at, event, &event.shown(&ran.statement)).chosen(&candidates.text, Some(ran.position));
         tracing::info!(statement = change.statement, lsn = %at.commit_lsn, state, "schema change");
-        again.extend(self.other_values(event).await?);
+        // What was there already may have been made with another value; else only the columns that are new can have one.
+        let known = if state == "found" { HashMap::new() } else { columns_before };
+        again.extend(self.other_values(event, &known).await?);
         self.take_note(at, event, &before, filled).await?;
         for table in again {
             self.copy_again(&table).await?;
@@ -108,6 +115,7 @@ impl Applier {
             tag: event.tag.clone(),
             statement: shown.to_owned(),
             role: event.role.clone().unwrap_or_default(),
+            chosen: None,
         }
     }
 
@@ -139,82 +147,6 @@ impl Applier {
              `pgtandem resync` copies a table again whose rows it changed",
             at.commit_lsn, change.ordinal
         ))
-    }
-
-    /// Runs the statement; of several, the one after which the table looks as it did on the source. Returns it, and what became
-    /// of it.
-    async fn execute_one_of(&mut self, event: &Event, candidates: &Candidates) -> Result<(String, &'static str)> {
-        let several = candidates.statements.len() > 1;
-        let wanted = event
-            .objects
-            .iter()
-            .find_map(|object| object.table.as_ref())
-            .and_then(|t| Some((t.qualified(), t.columns()?)));
-        if several && candidates.rolls_back && wanted.is_none() {
-            let message = "the client sent several such statements in one text and rolled some back: which one it was is not known";
-            return Err(Error::new(Class::Operator, "ddl_refused", message));
-        }
-        let mut refusal = None;
-        for (position, statement) in &candidates.statements {
-            let outcome = match self.execute_as(event, statement).await {
-                Ok(()) => Ok("carried"),
-                Err(error) if is_done_already(&error, statement) => {
-                    self.pipeline()?.query("ROLLBACK TO SAVEPOINT schema_change").await?;
-                    tracing::warn!(tag = event.tag, %error, "the target has this schema change already");
-                    Ok("found")
-                }
-                Err(error) => Err(error),
-            };
-            let fits = match (&outcome, &wanted) {
-                (Ok(_), Some((table, columns))) if several => self.columns_of(table).await? == *columns,
-                (Ok(_), _) => true,
-                (Err(_), _) => false,
-            };
-            match outcome {
-                Ok(state) if fits => {
-                    self.schema.seen.was(candidates, *position);
-                    return Ok((statement.clone(), state));
-                }
-                Ok(_) => {}
-                Err(error) => refusal = refusal.or(Some(error)),
-            }
-            self.pipeline()?.query("ROLLBACK TO SAVEPOINT schema_change").await?;
-        }
-        Err(refusal.unwrap_or_else(|| {
-            let message =
-                "none of the statements that the client sent in one text leaves the table as it is on the source";
-            Error::new(Class::Operator, "ddl_refused", message)
-        }))
-    }
-
-    async fn columns_of(&mut self, table: &QualifiedName) -> Result<Vec<(String, String)>> {
-        let sql = format!(
-            "SELECT attname::text, pg_catalog.format_type(atttypid, atttypmod) FROM pg_catalog.pg_attribute
-             WHERE attrelid = pg_catalog.to_regclass({}) AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
-            quote_literal(&table.to_string())
-        );
-        let rows = self.pipeline()?.query(&sql).await.doing(|| "looking at the columns of a table")?;
-        Ok(rows.iter().filter_map(|row| Some((row.first()?.clone()?, row.get(1)?.clone()?))).collect())
-    }
-
-    async fn execute_as(&mut self, event: &Event, statement: &str) -> Result<()> {
-        let own = self
-            .pipeline()?
-            .query("SELECT pg_catalog.current_setting('role'), pg_catalog.current_setting('search_path')")
-            .await?;
-        let own = |at: usize| own.first().and_then(|row| row.get(at).cloned().flatten()).unwrap_or_default();
-        let set = |role: &str, path: &str| {
-            format!(
-                "SELECT pg_catalog.set_config('search_path', {}, true), pg_catalog.set_config('role', {}, true)",
-                quote_literal(path),
-                quote_literal(role)
-            )
-        };
-        let (role, path) = (event.role.as_deref().unwrap_or("none"), event.path.as_deref().unwrap_or_default());
-        self.pipeline()?.query(&set(role, path)).await.doing(|| format!("becoming the role {role}"))?;
-        self.pipeline()?.query(statement).await?;
-        self.pipeline()?.query(&set(&own(0), &own(1))).await?;
-        Ok(())
     }
 
     async fn known_tables(&mut self) -> Result<Vec<Known>> {
@@ -261,30 +193,48 @@ impl Applier {
         Ok(self.pipeline()?.query(&sql).await.doing(|| "looking at the types of a table")?.is_empty())
     }
 
-    /// Tables in whose old rows an added column has another value than on the source.
-    async fn other_values(&mut self, event: &Event) -> Result<Vec<QualifiedName>> {
-        let mut wanted: HashMap<QualifiedName, HashMap<String, String>> = HashMap::new();
-        for (schema, table, column, value) in
-            event.objects.iter().filter_map(|o| o.table.as_ref()).flat_map(|t| &t.missing)
-        {
-            let table = QualifiedName::new(schema.clone(), table.clone());
-            wanted.entry(table).or_default().insert(column.clone(), value.clone());
-        }
-        let mut again = Vec::new();
-        for (table, values) in wanted {
+    /// The columns of these tables that were added without touching the old rows, and the value that those show there. A column
+    /// that is dropped and added under the same name has another number.
+    async fn filled_columns(&mut self, event: &Event) -> Result<HashMap<FilledColumn, Option<String>>> {
+        let mut found = HashMap::new();
+        let tables = event.objects.iter().filter_map(|object| object.table.as_ref()).flat_map(|table| &table.missing);
+        let tables: HashSet<QualifiedName> =
+            tables.map(|(schema, table, ..)| QualifiedName::new(schema.clone(), table.clone())).collect();
+        for table in tables {
             let sql = format!(
-                "SELECT attname::text, attmissingval::text FROM pg_catalog.pg_attribute
+                "SELECT attname::text, attnum::text, attmissingval::text FROM pg_catalog.pg_attribute
                  WHERE attrelid = pg_catalog.to_regclass({}) AND atthasmissing",
                 quote_literal(&table.to_string())
             );
             let rows = self.pipeline()?.query(&sql).await.doing(|| "looking at the columns of a table")?;
-            let differs = rows.iter().any(|row| {
-                let text = |at: usize| row.get(at).cloned().flatten();
-                text(0).and_then(|column| values.get(&column).map(|wanted| Some(wanted) != text(1).as_ref()))
-                    == Some(true)
-            });
-            if differs {
-                again.push(table);
+            found.extend(rows.into_iter().filter_map(|row| {
+                let [column, number, value] = <[_; 3]>::try_from(row).ok()?;
+                Some((FilledColumn { table: table.clone(), column: column?, number: number? }, value))
+            }));
+        }
+        Ok(found)
+    }
+
+    /// Tables in whose old rows a column that the statement added has another value than on the source. Those that were there
+    /// before were compared when they came, and their rows may have been copied since.
+    async fn other_values(
+        &mut self,
+        event: &Event,
+        before: &HashMap<FilledColumn, Option<String>>,
+    ) -> Result<Vec<QualifiedName>> {
+        let mut wanted: HashMap<(QualifiedName, &str), &str> = HashMap::new();
+        for (schema, table, column, value) in
+            event.objects.iter().filter_map(|o| o.table.as_ref()).flat_map(|t| &t.missing)
+        {
+            wanted.insert((QualifiedName::new(schema.clone(), table.clone()), column), value);
+        }
+        let mut again = Vec::new();
+        for (added, value) in
+            self.filled_columns(event).await?.into_iter().filter(|(added, _)| !before.contains_key(added))
+        {
+            let wanted = wanted.get(&(added.table.clone(), added.column.as_str()));
+            if wanted.is_some_and(|wanted| Some(*wanted) != value.as_deref()) && !again.contains(&added.table) {
+                again.push(added.table);
             }
         }
         Ok(again)
@@ -324,7 +274,7 @@ impl Applier {
     }
 
     /// A table that nothing identifies is compared behind the fence of the cutover. When something identifies it again, it is
-    /// copied: what was updated in between was not carried.
+    /// copied: what was updated in between was not carried. So is one that could not be published in time, after it was.
     async fn watch_identities(&mut self, event: &Event) -> Result<()> {
         let Some(identities) = &event.identities else { return Ok(()) };
         let move_name = quote_literal(self.settings.move_name.as_str());
@@ -339,6 +289,9 @@ impl Applier {
         for table in identities.gained() {
             let sql = format!("DELETE FROM pgtandem.unkeyed_table WHERE {}", self.row_of(&table));
             self.pipeline()?.query(&sql).await.doing(|| "watching a table without a replica identity")?;
+            self.copy_again(&table).await?;
+        }
+        for table in identities.failed() {
             self.copy_again(&table).await?;
         }
         Ok(())
@@ -416,8 +369,7 @@ impl Applier {
 
     async fn copy_again(&mut self, table: &QualifiedName) -> Result<()> {
         let sql = copying_sql(self.settings.move_name.as_str(), table) + " RETURNING 1";
-        let rows =
-            self.pipeline()?.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
+        let rows = self.pipeline()?.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
         if !rows.is_empty() {
             tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
             self.schema.copy_again = true;
@@ -436,18 +388,4 @@ impl Applier {
 
 fn name(row: &TextRow, at: usize) -> Option<QualifiedName> {
     Some(QualifiedName::new(row.get(at)?.clone()?, row.get(at + 1)?.clone()?))
-}
-
-fn is_done_already(error: &Error, statement: &str) -> bool {
-    let Some(sqlstate) = error.sqlstate() else { return false };
-    // Of several actions some may not be done.
-    if super::statement::has_several_parts(statement) {
-        return false;
-    }
-    let words = super::statement::first_words(statement, usize::MAX);
-    if words.iter().any(|word| word == "OWNED" || word == "OWNER") {
-        return false;
-    }
-    ALREADY.contains(&sqlstate)
-        || NOT_THERE.contains(&sqlstate) && words.iter().any(|word| word == "DROP" || word == "RENAME")
 }

@@ -7,7 +7,7 @@
 /// The statements of a text, in order, without comments before them; empty ones are left out.
 pub(super) fn split(text: &str) -> Vec<&str> {
     let mut statements = Vec::new();
-    let mut cursor = Cursor { text, at: 0 };
+    let mut cursor = Cursor::new(text);
     let mut start = 0;
     let (mut parentheses, mut blocks) = (0_u32, 0_u32);
     let mut before = String::new();
@@ -19,16 +19,68 @@ pub(super) fn split(text: &str) -> Vec<&str> {
                 statements.push(&text[start..cursor.at - 1]);
                 start = cursor.at;
             }
-            // The body of a function in standard SQL holds statements, and CASE … END in them.
-            Token::Word(word) if word.eq_ignore_ascii_case("atomic") && before == "begin" => blocks += 1,
-            Token::Word(word) if blocks > 0 && word.eq_ignore_ascii_case("case") => blocks += 1,
-            Token::Word(word) if blocks > 0 && word.eq_ignore_ascii_case("end") => blocks -= 1,
+            Token::Word(word) if parentheses == 0 => {
+                let is = |other: &str| word.eq_ignore_ascii_case(other);
+                // The body of a routine in standard SQL holds statements, and CASE … END in them. Elsewhere these are
+                // words like others, and so they are as the name of a column in a result.
+                if blocks == 0 {
+                    let opens = is("atomic") && before == "begin" && makes_a_routine(&text[start..cursor.at]);
+                    blocks += u32::from(opens);
+                } else if before != "as" && before != "." {
+                    blocks += u32::from(is("case"));
+                    blocks -= u32::from(is("end"));
+                }
+            }
             Token::Word(_) | Token::Quoted(_) | Token::Text | Token::Symbol(_) => {}
         }
-        before = if let Token::Word(word) = token { word.to_ascii_lowercase() } else { String::new() };
+        before = match token {
+            Token::Word(word) => word.to_ascii_lowercase(),
+            Token::Symbol(symbol) => symbol.to_string(),
+            Token::Quoted(_) | Token::Text => String::new(),
+        };
     }
     statements.push(&text[start..]);
     statements.into_iter().map(without_leading_comments).filter(|statement| !statement.is_empty()).collect()
+}
+
+/// Whether a statement that begins like this makes a function or a procedure.
+fn makes_a_routine(beginning: &str) -> bool {
+    let words = first_words(beginning, 4);
+    let words: Vec<&str> = words.iter().map(String::as_str).filter(|word| !matches!(*word, "OR" | "REPLACE")).collect();
+    matches!(words.as_slice(), ["CREATE", "FUNCTION" | "PROCEDURE", ..])
+}
+
+/// The same text for a server under `standard_conforming_strings = on`, of one that was written where it is off: there a backslash in
+/// any string escapes what follows it.
+pub(super) fn with_plain_backslashes(text: &str) -> String {
+    let mut cursor = Cursor { text, at: 0, escapes: true };
+    let mut changed = String::with_capacity(text.len());
+    let mut copied = 0;
+    loop {
+        cursor.skip_blank();
+        let start = cursor.at;
+        if cursor.next().is_none() {
+            break;
+        }
+        let token = &text[start..cursor.at];
+        // A letter before it says what kind of string it is, E among them.
+        let plain = token.starts_with('\'') && !text[..start].ends_with(|c: char| c.is_alphanumeric() || c == '&');
+        if plain && token.contains('\\') {
+            changed.push_str(&text[copied..start]);
+            changed.push('E');
+            copied = start;
+        }
+    }
+    changed.push_str(&text[copied..]);
+    changed
+}
+
+/// Whether the server may have left the statement undone and gone on: its object was, or was not, there.
+pub(super) fn may_do_nothing(statement: &str) -> bool {
+    first_words(statement, usize::MAX).windows(2).any(|words| {
+        let [first, second] = words else { return false };
+        first == "IF" && (second == "EXISTS" || second == "NOT")
+    })
 }
 
 /// Whether a statement of this text is completed under this command tag, as far as its first words tell: `CREATE UNIQUE
@@ -43,7 +95,7 @@ pub(super) fn has_tag(statement: &str, tag: &str) -> bool {
 
 /// The first words in capitals; names in quotes and symbols are passed over.
 pub(super) fn first_words(statement: &str, count: usize) -> Vec<String> {
-    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut cursor = Cursor::new(statement);
     let mut words = Vec::new();
     while let Some(token) = cursor.next() {
         if words.len() == count {
@@ -58,7 +110,7 @@ pub(super) fn first_words(statement: &str, count: usize) -> Vec<String> {
 
 /// Whether the statement mentions this name, quoted or not.
 pub(super) fn mentions(statement: &str, name: &str) -> bool {
-    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut cursor = Cursor::new(statement);
     while let Some(token) = cursor.next() {
         let found = match token {
             Token::Word(word) => word.to_lowercase() == name,
@@ -75,7 +127,7 @@ pub(super) fn mentions(statement: &str, name: &str) -> bool {
 /// The statement without the word CONCURRENTLY: inside a transaction an index is built and dropped, and a
 /// partition detached, without it.
 pub(super) fn without_concurrently(statement: &str) -> String {
-    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut cursor = Cursor::new(statement);
     while let Some(token) = cursor.next() {
         if let Token::Word(word) = token
             && word.eq_ignore_ascii_case("concurrently")
@@ -89,7 +141,7 @@ pub(super) fn without_concurrently(statement: &str) -> String {
 
 /// Whether a comma stands outside of all parentheses: several actions, or several objects.
 pub(super) fn has_several_parts(statement: &str) -> bool {
-    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut cursor = Cursor::new(statement);
     let mut parentheses = 0_u32;
     while let Some(token) = cursor.next() {
         match token {
@@ -114,7 +166,7 @@ pub(super) fn inner(context: &str) -> Result<Option<&str>, ()> {
 }
 
 fn without_leading_comments(statement: &str) -> &str {
-    let mut cursor = Cursor { text: statement, at: 0 };
+    let mut cursor = Cursor::new(statement);
     cursor.skip_blank();
     statement[cursor.at..].trim_end()
 }
@@ -133,9 +185,15 @@ enum Token<'t> {
 struct Cursor<'t> {
     text: &'t str,
     at: usize,
+    /// Whether backslashes escape in every string.
+    escapes: bool,
 }
 
 impl<'t> Cursor<'t> {
+    fn new(text: &'t str) -> Self {
+        Self { text, at: 0, escapes: false }
+    }
+
     fn rest(&self) -> &'t str {
         self.text.get(self.at..).unwrap_or_default()
     }
@@ -147,7 +205,7 @@ impl<'t> Cursor<'t> {
         let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '$' || !c.is_ascii();
         Some(match first {
             '\'' => {
-                self.at += quoted(rest, '\'', false);
+                self.at += quoted(rest, '\'', self.escapes);
                 Token::Text
             }
             '"' => {
@@ -262,6 +320,34 @@ mod tests {
     }
 
     #[test]
+    fn only_the_body_of_a_routine_holds_statements() {
+        assert_eq!(split("create view v as select 1 as begin, atomic from t; drop table u").len(), 2);
+        assert_eq!(split("select begin atomic from t; select 2; drop table u; select end from t").len(), 4);
+        assert_eq!(split("create rule r as on insert to a do (select begin atomic from t); drop table u").len(), 2);
+        let body = "create or replace procedure p() begin atomic select 1 as end; select case when true then t.case end from t; end";
+        assert_eq!(split(&format!("{body}; drop table u")), [body, "drop table u"]);
+        let parameter = "create function f(begin atomic default null) returns int language sql as 'select 1'";
+        assert_eq!(split(&format!("{parameter}; drop table u")), [parameter, "drop table u"]);
+    }
+
+    #[test]
+    fn a_text_whose_strings_have_escapes_means_the_same_where_they_have_none() {
+        let text = r"create table a (v text default 'it\'s; one', w text default E'\t', x text default 'plain''s')";
+        let meant = r"create table a (v text default E'it\'s; one', w text default E'\t', x text default 'plain''s')";
+        assert_eq!(with_plain_backslashes(text), meant);
+        assert_eq!(split(meant).len(), 1);
+        let others = r#"comment on table "a\'b" is $$it's \$$ -- it's \"#;
+        assert_eq!(with_plain_backslashes(others), others);
+    }
+
+    #[test]
+    fn a_statement_may_have_nothing_to_do() {
+        assert!(may_do_nothing("alter table t drop constraint if exists c"));
+        assert!(may_do_nothing("create index if not exists i on t (a)"));
+        assert!(!may_do_nothing("comment on table t is 'if exists'"));
+    }
+
+    #[test]
     fn a_statement_is_known_by_its_first_words() {
         assert!(has_tag("create unique index concurrently if not exists i on t (a)", "CREATE INDEX"));
         assert!(has_tag("CREATE OR REPLACE FUNCTION f() …", "CREATE FUNCTION"));
@@ -310,6 +396,7 @@ mod tests {
                 prop_assert!(text.contains(statement));
                 drop((first_words(statement, 5), mentions(statement, "x"), without_concurrently(statement)));
             }
+            drop(with_plain_backslashes(&text));
             prop_assert!(inner(&text).is_ok_and(|found| found.is_none()) || text.contains('\n'));
         }
 
@@ -319,6 +406,7 @@ mod tests {
                 prop_assert!(text.contains(statement));
                 drop((first_words(statement, 5), mentions(statement, "x"), without_concurrently(statement)));
             }
+            drop(with_plain_backslashes(&text));
         }
     }
 }

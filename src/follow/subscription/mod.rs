@@ -41,11 +41,13 @@
 
 pub mod health;
 mod object;
+mod quiet;
 
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+pub use self::object::Reached;
 use self::object::{Subscription, connection};
 use super::ddl::Moved;
 use super::slot::{self, Slot};
@@ -210,8 +212,9 @@ pub async fn leave(source: &Server, target: &Server, store: &Store, epoch: i64) 
 /// be kept from telling the password.
 ///
 /// # Errors
-/// Code `subscription_unreachable`: it does not. Code `subscription_refused`: the role may not try. The connection's.
-pub async fn reaches(config: &Config, source: &Server, target: &Server) -> Result<()> {
+/// Code `subscription_unreachable`: it does not. Code `subscription_refused`: the role may not try. Code
+/// `subscription_log_tells`: the password would be written down. The connection's.
+pub async fn reaches(config: &Config, source: &Server, target: &Server) -> Result<Reached> {
     let subscription = Subscription::new(target, &config.name);
     let session = subscription.session().await?;
     subscription.try_connection(&session, &connection(config, source)).await

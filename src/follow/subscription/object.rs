@@ -1,11 +1,12 @@
 //! The subscription in the target's catalog: made, started, stopped, removed.
 //!
 //! Owns every statement about it. Each one that matters is fenced by the daemon's epoch. The connection string holds a
-//! password, so no statement has it in its text: it is bound as a parameter, and put together inside the server, where an
+//! password, so no statement of ours has it in its text or its parameters ([`quiet`]): it is put together inside the server, where an
 //! error's words are repeated without the statement that they came from.
 
 use std::time::{Duration, Instant};
 
+use super::quiet::{self, HANDED_OVER};
 use crate::config::Config;
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::passfile;
@@ -32,25 +33,20 @@ const END_WORKERS: &str = "
     WHERE s.subname = $1 AND w.pid IS NOT NULL
       AND s.subdbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())";
 
-/// For the rest of the transaction: no parameter of ours in the server's log, nor the statement around a warning. Who may not
-/// set that leaves it as it is.
-const QUIETLY: &str = "
-    BEGIN;
-    SET LOCAL client_min_messages = error;
-    DO $$ BEGIN
-        PERFORM pg_catalog.set_config(name, value, true)
-        FROM (VALUES ('log_statement', 'none'), ('log_min_duration_statement', '-1'), ('log_duration', 'off'),
-                     ('log_error_verbosity', 'terse')) AS quiet (name, value);
-    EXCEPTION WHEN insufficient_privilege THEN NULL;
-    END $$";
-
-const SECRET: &str = "SELECT pg_catalog.set_config('pgtandem.connection', $1, true)";
-
 /// The subscription of a move.
 pub(super) struct Subscription<'a> {
     target: &'a Server,
     move_name: &'a str,
     name: String,
+}
+
+/// Whether the target's server was seen to connect to the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// It does.
+    Yes,
+    /// It was not tried, for a warning on the way would be logged with the password.
+    Untried,
 }
 
 /// What the catalog and the views say.
@@ -96,7 +92,7 @@ impl<'a> Subscription<'a> {
         }
         let create = format!(
             "format('CREATE SUBSCRIPTION %I CONNECTION %L PUBLICATION %I, %I WITH (%s)', {name},
-                    pg_catalog.current_setting('pgtandem.connection'), {name}, {inserts}, {options})",
+                    {HANDED_OVER}, {name}, {inserts}, {options})",
             name = quote_literal(&self.name),
             inserts = quote_literal(&format!("{}_inserts", self.name)),
             options = quote_literal(&options),
@@ -110,30 +106,27 @@ impl<'a> Subscription<'a> {
 
     /// Has the server connect to the source, in a transaction that is rolled back. It asks there for a publication that does
     /// not exist: a complaint about that is a success, and a warning about it would go into the log with its statement.
-    pub(super) async fn try_connection(&self, session: &Session, connection: &str) -> Result<()> {
+    pub(super) async fn try_connection(&self, session: &Session, connection: &str) -> Result<Reached> {
         let tried = async {
-            session.batch_execute(QUIETLY).await?;
-            session.batch_execute("SET LOCAL statement_timeout = '60s'").await?;
-            let quiet: bool = session
-                .query_one("SELECT pg_catalog.current_setting('log_error_verbosity') = 'terse'", &[])
-                .await?
-                .try_get(0)?;
-            if !quiet {
-                return Ok(());
+            if quiet::begin(session).await?.context_is_told {
+                return Ok(Reached::Untried);
             }
-            session.execute(SECRET, &[&connection]).await?;
+            session.batch_execute("SET LOCAL statement_timeout = '60s'").await?;
+            quiet::hand_over(session, connection).await?;
             let create = format!(
                 "format('CREATE SUBSCRIPTION %I CONNECTION %L PUBLICATION {NO_PUBLICATION} WITH
                          (create_slot = false, slot_name = pgtandem_probe, copy_data = false, enabled = false)',
-                        'pgtandem_probe', pg_catalog.current_setting('pgtandem.connection'))"
+                        'pgtandem_probe', {HANDED_OVER})"
             );
-            session.batch_execute(&without_statement(&create)).await.map_err(Error::from)
+            session.batch_execute(&without_statement(&create)).await?;
+            Ok(Reached::Yes)
         };
-        let tried = tried.await;
+        let tried: Result<Reached> = tried.await;
         session.batch_execute("ROLLBACK").await?;
         match tried {
-            Err(error) if !error.to_string().contains(NO_PUBLICATION) => Err(self.explain(error)),
-            _ => Ok(()),
+            Err(error) if error.to_string().contains(NO_PUBLICATION) => Ok(Reached::Yes),
+            Err(error) => Err(self.explain(error)),
+            Ok(reached) => Ok(reached),
         }
     }
 
@@ -142,10 +135,8 @@ impl<'a> Subscription<'a> {
     /// The origin, its durable memory of where it is, is brought up to progress in the same transaction. Progress is never
     /// beyond what the target holds, so this only ever tells the worker what it may have lost or never known.
     pub(super) async fn start(&self, session: &Session, connection: &str, epoch: i64, enabled: bool) -> Result<()> {
-        let alter = format!(
-            "format('ALTER SUBSCRIPTION %I CONNECTION %L', {}, pg_catalog.current_setting('pgtandem.connection'))",
-            quote_literal(&self.name)
-        );
+        let alter =
+            format!("format('ALTER SUBSCRIPTION %I CONNECTION %L', {}, {HANDED_OVER})", quote_literal(&self.name));
         let fence = fence_sql(self.move_name, epoch);
         let enable = if enabled {
             String::new()
@@ -174,8 +165,8 @@ impl<'a> Subscription<'a> {
     /// Executes what the SQL expression `statement` comes to, and `rest`, in one transaction.
     async fn with_connection(&self, session: &Session, connection: &str, statement: &str, rest: &str) -> Result<()> {
         let work = async {
-            session.batch_execute(QUIETLY).await?;
-            session.execute(SECRET, &[&connection]).await?;
+            quiet::begin(session).await?;
+            quiet::hand_over(session, connection).await?;
             session.batch_execute(&format!("{}; {rest}", without_statement(statement))).await.map_err(Error::from)
         };
         let worked = work.await.map_err(only_the_leader);
@@ -280,7 +271,7 @@ impl<'a> Subscription<'a> {
 }
 
 const RIGHTS: &str = "follow.engine = \"subscription\" needs a superuser on the target or, from 16 on, GRANT pg_create_subscription, \
-     GRANT CREATE ON DATABASE, and GRANT EXECUTE ON FUNCTION pg_replication_origin_advance(text, pg_lsn), \
+     GRANT CREATE, TEMPORARY ON DATABASE, and GRANT EXECUTE ON FUNCTION pg_replication_origin_advance(text, pg_lsn), \
      pg_replication_origin_progress(text, boolean); without them use \"stream\"";
 
 const REACH: &str = "the target server itself connects to the source: set source.url_from_target to an address, a password and \
@@ -289,12 +280,13 @@ const REACH: &str = "the target server itself connects to the source: set source
 /// No publication is called so.
 const NO_PUBLICATION: &str = "pgtandem_probe_publication";
 
-/// Executes the statement that an SQL expression comes to; an error has its words, and not the statement's.
+/// Executes the statement that an SQL expression comes to; an error has its words, and not the statement's. OTHERS alone would
+/// leave out a statement that is cancelled while the source does not answer.
 fn without_statement(expression: &str) -> String {
     format!(
         "DO $$ DECLARE said text; code text; BEGIN
              EXECUTE {expression};
-         EXCEPTION WHEN OTHERS THEN
+         EXCEPTION WHEN query_canceled OR OTHERS THEN
              GET STACKED DIAGNOSTICS said = MESSAGE_TEXT, code = RETURNED_SQLSTATE;
              RAISE EXCEPTION USING ERRCODE = code, MESSAGE = said;
          END $$"

@@ -108,3 +108,88 @@ async fn a_move_that_an_update_has_blocked_goes_on_with_another_choice() {
     assert!(number_before(&printed, " rows of 1 tables") > 0, "{printed}");
     sides.same().await;
 }
+
+/// What was noted of it under another choice must not block a table for good that is followed like others by now.
+#[tokio::test]
+async fn a_table_that_is_copied_again_under_full_is_not_watched_any_more() {
+    let sides = Sides::new(versions_under_test()).await;
+    sides.from.execute("create table log (v text); insert into log select i from generate_series(1, 100) i").await;
+    let mut daemon = sides.following().await;
+    sides.from.execute("update log set v = 'x' where v = '7'").await;
+    daemon.wait_for_log("code=\"unkeyed_changed\"", PATIENCE).await;
+    daemon.terminate();
+    assert_eq!(daemon.wait(PATIENCE).await.code, Some(0));
+
+    let sides = sides.configured("[follow]\nwithout_identity = 'full'");
+    let noted = sides.pgtandem.run(&["resync", "log"]).await;
+    assert_eq!(noted.code, Some(0), "{noted}");
+    let daemon = sides.following().await;
+    assert_eq!(sides.from.query_string(IDENTITIES).await, "logf");
+    assert_eq!(sides.to.query_string("select count(*) from pgtandem.unkeyed_table").await, "0");
+    sides.from.execute("update log set v = 'y' where v = '8'; delete from log where v = '9'").await;
+    sides.cut_over(daemon).await;
+    sides.same().await;
+}
+
+/// The stream brings the table, and nothing that would tell which of its rows an update meant.
+#[tokio::test]
+async fn a_new_table_without_a_key_is_given_an_identity_under_full() {
+    let sides = Sides::new(versions_under_test())
+        .await
+        .configured("[follow]\nwithout_identity = 'full'\n[cutover]\nverify = 'full'");
+    sides.from.execute("create table t (id int primary key)").await;
+    let daemon = sides.following().await;
+    sides
+        .from
+        .execute(
+            "create table fresh (v text, n int); insert into fresh select 'row', i % 3 from generate_series(1, 50) i",
+        )
+        .await;
+    sides.from.execute("update fresh set v = 'changed' where n = 1").await;
+    wait_until("the table is identified", PATIENCE, async || sides.from.query_string(IDENTITIES).await == "freshf td")
+        .await;
+    sides.from.execute("update fresh set v = 'again' where n = 1; delete from fresh where n = 2").await;
+    let arrived = "select count(*) filter (where v = 'again') || ' of ' || count(*) from fresh";
+    let expected = sides.from.query_string(arrived).await;
+    wait_until("the changes arrive", PATIENCE, async || {
+        // The target has the table as soon as the stream brings it.
+        sides.to.query_string("select to_regclass('fresh') is not null").await == "t"
+            && sides.to.query_string(arrived).await == expected
+    })
+    .await;
+    sides.follows(&daemon).await;
+    sides.cut_over(daemon).await;
+    sides.same().await;
+}
+
+/// Whatever the owner did to the tables since then, `clean` ends, and says what stays as it is.
+#[tokio::test]
+async fn clean_brings_back_identities_under_other_names_and_says_which_it_cannot() {
+    let sides = Sides::without_a_superuser((16, 17)).await.configured("[follow]\nwithout_identity = 'full'");
+    sides
+        .as_owner()
+        .execute(
+            "create table named (v text); create table taken (v text);
+             create table indexed (a int, g int not null generated always as (a * 2) stored unique);
+             alter table indexed replica identity using index indexed_g_key",
+        )
+        .await;
+    let copied = sides.pgtandem.run(&["run", "--until", "follow"]).await;
+    assert_eq!(copied.code, Some(0), "{copied}");
+    assert_eq!(sides.from.query_string(IDENTITIES).await, "indexedf namedf takenf");
+
+    sides
+        .as_owner()
+        .execute("alter table named rename to renamed; alter table indexed drop constraint indexed_g_key")
+        .await;
+    sides.from.execute("alter table taken owner to postgres").await;
+    let cleaned = sides.pgtandem.run(&["clean", "--yes"]).await;
+
+    assert_eq!(cleaned.code, Some(0), "{cleaned}");
+    assert!(cleaned.stdout.contains("brought back the replica identity of 1 tables"), "{cleaned}");
+    for kept in ["table public.indexed keeps REPLICA IDENTITY FULL", "table public.taken keeps REPLICA IDENTITY FULL"] {
+        assert!(cleaned.stderr.contains(kept), "{cleaned}");
+    }
+    assert_eq!(sides.from.query_string(IDENTITIES).await, "indexedf renamedd takenf");
+    assert_eq!(sides.to.query_string("select count(*) from pg_namespace where nspname = 'pgtandem'").await, "0");
+}
