@@ -49,16 +49,24 @@ impl Drain {
     pub(crate) fn line(&self) -> String {
         let name = self.contender.name();
         match (&self.outcome, &self.differences) {
+            (Outcome::Drained(seconds), Some(found)) if !self.is_drained() => {
+                format!("{name} {seconds:.2} s, DIFFERENT from the source: {}", found.join("; "))
+            }
             (Outcome::Failed(reason), _) => format!("{name} failed: {reason}"),
             (Outcome::Over(seconds), _) => format!("{name} was not done after {seconds:.0} s"),
             (Outcome::Drained(seconds), None) => format!("{name} {seconds:.2} s"),
-            (Outcome::Drained(seconds), Some(found)) if found.is_empty() => {
-                format!("{name} {seconds:.2} s, identical to the source")
-            }
-            (Outcome::Drained(seconds), Some(found)) => {
-                format!("{name} {seconds:.2} s, DIFFERENT from the source: {}", found.join("; "))
-            }
+            (Outcome::Drained(seconds), Some(_)) => format!("{name} {seconds:.2} s, identical to the source"),
         }
+    }
+
+    /// The target holds what the source holds, as far as there is a target. Only such a drain has a time worth comparing.
+    pub(crate) fn is_drained(&self) -> bool {
+        matches!(self.outcome, Outcome::Drained(_)) && !self.differs()
+    }
+
+    /// The target was compared, and holds something else.
+    pub(crate) fn differs(&self) -> bool {
+        self.differences.as_ref().is_some_and(|found| !found.is_empty())
     }
 
     pub(crate) fn json(&self) -> Value {

@@ -47,8 +47,8 @@ pub(crate) async fn play(kind: Kind, options: &Options, programs: &Programs, ser
             let drain = drain::drain(&stage, contender, &content, limit).await;
             let drain = drain.with_context(|| format!("({letter}) {}", contender.name()))?;
             say(format!("({letter}) round {}: {}", round + 1, drain.line()));
-            // Waiting as long once more would tell nothing new.
-            if !contender.must_drain() && !matches!(drain.outcome, Outcome::Drained(_)) {
+            // Waiting once more for a peer that cannot would tell nothing new.
+            if !contender.must_drain() && !drain.is_drained() {
                 given_up.insert(contender);
             }
             drains.push(drain);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 
 use crate::contender::Contender;
-use crate::drain::{Drain, Outcome};
+use crate::drain::Drain;
 use crate::machine::Machine;
 use crate::options::Options;
 use crate::programs::Programs;
@@ -81,7 +81,12 @@ impl Report {
     }
 
     pub(crate) fn print_verdict(&self) {
-        let drained = self.drains().filter(|(_, drain)| drain.differences.is_some()).count() + self.steady.len();
+        let compared = self.drains().filter(|(_, drain)| drain.is_drained() && drain.differences.is_some()).count();
+        let drained = compared + self.steady.len();
+        let unable: Vec<String> = self.undrained(false).collect();
+        if !unable.is_empty() {
+            println!("\nPeers that did not drain:\n\n{}", unable.join("\n"));
+        }
         let bad = self.bad();
         if bad.is_empty() {
             println!("\nEvery drained target is identical to the source ({drained} comparisons).");
@@ -124,14 +129,14 @@ impl Report {
         let steady = self.steady.iter().filter(|steady| !steady.differences.is_empty()).map(|steady| {
             format!("- (g) {}: DIFFERENT from the source: {}", steady.contender.name(), steady.differences.join("; "))
         });
+        self.undrained(true).chain(steady).collect()
+    }
+
+    /// A line for each drain that did not bring the target to what the source holds, of those who must, or of the others.
+    fn undrained(&self, must: bool) -> impl Iterator<Item = String> {
         self.drains()
-            .filter(|(_, drain)| {
-                let differs = drain.differences.as_ref().is_some_and(|found| !found.is_empty());
-                differs || (drain.contender.must_drain() && !matches!(drain.outcome, Outcome::Drained(_)))
-            })
+            .filter(move |(_, drain)| drain.contender.must_drain() == must && !drain.is_drained())
             .map(|(results, drain)| format!("- ({}) {}", results.kind.letter(), drain.line()))
-            .chain(steady)
-            .collect()
     }
 }
 

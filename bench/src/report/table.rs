@@ -63,13 +63,13 @@ fn line(contender: Contender, drains: &[&Drain], times: &[f64], native: Option<f
         let outcome = drains.iter().find_map(|drain| match &drain.outcome {
             Outcome::Over(seconds) => Some(format!("over {seconds:.0}")),
             Outcome::Failed(_) => Some("failed".to_owned()),
-            Outcome::Drained(_) => None,
+            Outcome::Drained(seconds) => Some(format!("({seconds:.2})")),
         });
-        let over = outcome.unwrap_or_default();
-        return format!("| {name} | {over} | | | | | | | | | | | not drained |");
+        let instead = outcome.unwrap_or_default();
+        return format!("| {name} | {instead} | | | | | | | | | | | {} |", verdict(drains));
     };
     let number = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.2}"));
-    let drained = || drains.iter().filter(|drain| matches!(drain.outcome, Outcome::Drained(_)));
+    let drained = || drains.iter().filter(|drain| drain.is_drained());
     let cost = |of: fn(&Costs) -> f64| median(&drained().map(|drain| of(&drain.costs)).collect::<Vec<_>>());
     let memory = |of: fn(&Costs) -> u64| {
         let most = drained().map(|drain| of(&drain.costs)).max().unwrap_or(0);
@@ -95,19 +95,22 @@ fn line(contender: Contender, drains: &[&Drain], times: &[f64], native: Option<f
 }
 
 fn verdict(drains: &[&Drain]) -> String {
-    let checked: Vec<_> = drains.iter().filter_map(|drain| drain.differences.as_ref()).collect();
-    match checked.iter().filter(|found| !found.is_empty()).count() {
-        _ if checked.is_empty() => "none".to_owned(),
-        0 => format!("identical ({} of {})", checked.len(), drains.len()),
-        different => format!("DIFFERENT ({different} of {})", drains.len()),
+    let different = drains.iter().filter(|drain| drain.differs()).count();
+    let identical = drains.iter().filter(|drain| drain.is_drained() && drain.differences.is_some()).count();
+    let drained = drains.iter().filter(|drain| drain.is_drained()).count();
+    match drains.len() {
+        all if different > 0 => format!("DIFFERENT ({different} of {all})"),
+        all if drained < all => format!("not drained ({} of {all})", all - drained),
+        all if identical > 0 => format!("identical ({identical} of {all})"),
+        _ => "none".to_owned(),
     }
 }
 
-/// The seconds of every drain of a contender that got done.
+/// The seconds of every drain of a contender that brought the target to what the source holds.
 fn times(results: &Results, contender: Contender) -> Vec<f64> {
     let of = results.drains.iter().filter(|drain| drain.contender == contender);
     of.filter_map(|drain| match drain.outcome {
-        Outcome::Drained(seconds) => Some(seconds),
+        Outcome::Drained(seconds) if drain.is_drained() => Some(seconds),
         _ => None,
     })
     .collect()
