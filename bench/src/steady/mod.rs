@@ -39,7 +39,7 @@ pub(crate) struct Steady {
     pub(crate) contender: Contender,
     /// Transactions a second; none if no rate that was tried was followed.
     pub(crate) rate: Option<f64>,
-    /// The source could do no more.
+    /// What kept the next higher rate from being followed: the source did not reach it, although no lag was too long.
     pub(crate) bound_by_source: bool,
     /// The lags at half that rate.
     pub(crate) at_half: Option<(f64, Lags)>,
@@ -125,20 +125,17 @@ async fn search(
         Ok::<_, anyhow::Error>((trial, lags))
     };
     let (all_out, _) = attempt(None, &mut steady).await?;
-    let (mut followed, mut too_much) = (None, all_out.reached);
-    if all_out.followed {
-        (followed, steady.bound_by_source) = (Some(all_out.reached), true);
-    }
-    for _ in 0..HALVINGS {
-        if steady.bound_by_source {
-            break;
-        }
+    let (mut followed, mut too_much) = (all_out.followed.then_some(all_out.reached), all_out.reached);
+    steady.bound_by_source = all_out.followed;
+    let halvings = if all_out.followed { 0 } else { HALVINGS };
+    for _ in 0..halvings {
         let rate = f64::midpoint(followed.unwrap_or(0.0), too_much);
         let (trial, _) = attempt(Some(rate), &mut steady).await?;
         if trial.followed {
             followed = Some(trial.reached);
         } else {
             too_much = rate;
+            steady.bound_by_source = trial.worst_lag < BOUND.as_secs_f64();
         }
     }
     steady.rate = followed;

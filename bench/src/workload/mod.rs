@@ -136,15 +136,15 @@ impl Place<'_> {
     }
 
     /// pgbench on this database.
-    pub(crate) fn pgbench(&self) -> Command {
+    fn pgbench(&self) -> Command {
         let mut command = Command::new(self.programs.pgbench());
         command.args(["-h", "127.0.0.1", "-p", &self.server.port().to_string(), "-U", SUPERUSER]);
         command.env("PGPASSFILE", self.servers.folder.passfile());
         command
     }
 
-    /// pgbench that does not wait for commits: that makes a backlog faster, and its log is the same.
-    fn pgbench_unsynced(&self) -> Command {
+    /// pgbench that does not wait for commits: the source makes its log faster, and the log is the same.
+    pub(crate) fn pgbench_unsynced(&self) -> Command {
         let mut command = self.pgbench();
         command.env("PGOPTIONS", "-c synchronous_commit=off");
         command
