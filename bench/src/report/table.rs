@@ -60,12 +60,11 @@ pub(super) fn of_steady(title: &str, all: &[Steady]) -> String {
 fn line(contender: Contender, drains: &[&Drain], times: &[f64], native: Option<f64>) -> String {
     let name = contender.name();
     let Some(typical) = median(times) else {
-        let outcome = drains.iter().find_map(|drain| match &drain.outcome {
-            Outcome::Over(seconds) => Some(format!("over {seconds:.0}")),
-            Outcome::Failed(_) => Some("failed".to_owned()),
-            Outcome::Drained(seconds) => Some(format!("({seconds:.2})")),
+        let instead = drains.first().map_or_else(String::new, |drain| match &drain.outcome {
+            Outcome::Over(seconds) => format!("over {seconds:.0}"),
+            Outcome::Failed(_) => "failed".to_owned(),
+            Outcome::Drained(seconds) => format!("({seconds:.2})"),
         });
-        let instead = outcome.unwrap_or_default();
         return format!("| {name} | {instead} | | | | | | | | | | | {} |", verdict(drains));
     };
     let number = |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.2}"));
