@@ -23,7 +23,8 @@ build: ## Build the release binary
 demo: build provision ## Move a live database between two throw-away servers
 	PATH="$(CURDIR)/.provision/client/18/bin:$$PATH" target/release/pgtandem demo $(DEMO)
 
-bench: build provision ## Measure how fast a backlog is followed, beside pgtandem's peers
+bench: build ## Measure how fast a backlog is followed, beside pgtandem's peers
+	@scripts/provision.sh --with-peers
 	$(CARGO) run --release --locked --quiet --manifest-path bench/Cargo.toml -- $(BENCH)
 
 # The documentation's examples first, so that the output ends with the summary of the tests.

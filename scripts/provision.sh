@@ -3,11 +3,13 @@
 #
 #   scripts/provision.sh [--servers "13 18"] [--quiet]
 #   scripts/provision.sh --only-tools [--quiet]        cargo-deny, which takes minutes to build, and nothing else
+#   scripts/provision.sh --with-peers [--quiet]        also what pgtandem is compared with, where apt has it
 #
 # Afterwards, in the checkout:
 #   .provision/server/<major>/bin/{initdb,pg_ctl,postgres}
 #   .provision/client/<major>/bin/{pg_dump,pg_restore,psql,pgbench,…}
 #   .provision/tools/bin/cargo-deny                       (with --only-tools)
+#   .provision/peer/usr/…/{pgcopydb,wal2json.so}          (with --with-peers)
 #   .provision/store       the folder that the links above point into; the tests keep their templates there
 #
 # Promises: versions and checksums are those of provision.pins; nothing half unpacked is ever visible; a second
@@ -34,6 +36,7 @@ readonly LIBPQ_MAJOR=18
 quiet=
 servers=
 only_tools=
+with_peers=
 # The folder that is being filled; removed should this shell, or the subshell that fills it, end early.
 scratch=
 
@@ -59,6 +62,7 @@ main() {
     link_servers
     link_clients
     say "ready: servers $(list server), clients $(list client)"
+    [[ -z $with_peers ]] || provision_peers
 }
 
 parse_arguments() {
@@ -66,6 +70,7 @@ parse_arguments() {
         case $1 in
             --servers) [[ $# -ge 2 ]] || fail "--servers needs a list such as \"13 18\""; servers=$2; shift 2 ;;
             --only-tools) only_tools=1; shift ;;
+            --with-peers) with_peers=1; shift ;;
             --quiet) quiet=1; shift ;;
             -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
             *) fail "unknown argument $1" "see scripts/provision.sh --help" ;;
@@ -312,6 +317,63 @@ provision_tools() {
     point "$PROVISION/tools" "$folder"
     say "ready: cargo-deny $version"
 }
+
+# --- peers ------------------------------------------------------------------------------------------------
+
+# pgcopydb, and the decoding plugin that it needs on the source, as the distribution has them: apt checks what it fetches
+# against its own signatures. They are unpacked, not installed. Whatever cannot be had is left out, with a note: the comparison
+# goes on without it.
+provision_peers() {
+    local package version packages=() folder
+    if ! command -v apt-get >/dev/null || ! command -v apt-cache >/dev/null || ! command -v dpkg-deb >/dev/null; then
+        note "no pgcopydb: it is taken from Debian's packages, and this machine has no apt"
+        return
+    fi
+    for package in pgcopydb $(for major in $servers; do printf 'postgresql-%s-wal2json ' "$major"; done); do
+        version=$(apt-cache policy "$package" 2>/dev/null | awk '$1 == "Candidate:" && $2 != "(none)" { print $2 }')
+        [[ -z $version ]] || packages+=("$package=$version")
+    done
+    if [[ ${packages[0]-} != pgcopydb=* || ${#packages[@]} -lt 2 ]]; then
+        note "no pgcopydb: apt does not have it, or has no wal2json for $servers" "apt-get update"
+        return
+    fi
+    folder=$STORE/peer/$(printf '%s\n' "${packages[@]}" | sha256sum | cut -c 1-12)
+    mkdir -p "$STORE/peer"
+    exec 9>"$folder.lock"
+    flock 9
+    [[ -f $folder/.provisioned ]] || unpack_peers "$folder" "${packages[@]}"
+    flock -u 9
+    [[ -f $folder/.provisioned ]] || return 0
+    point "$PROVISION/peer" "$folder"
+    say "ready: ${packages[*]}"
+}
+
+# unpack_peers FOLDER PACKAGE=VERSION…: leaves no folder where that fails.
+unpack_peers() {
+    local folder=$1 staging package
+    shift
+    rm -rf "$folder".partial.*
+    staging=$(mktemp -d "$folder.partial.XXXXXX")
+    scratch=$staging
+    trap clear_scratch EXIT
+    if ! (cd "$staging" && apt-get download "$@") >"$staging/download.log" 2>&1; then
+        note "no pgcopydb: apt could not fetch it: $(grep -m 1 '^E:' "$staging/download.log")"
+        return
+    fi
+    for package in "$staging"/*.deb; do dpkg-deb --extract "$package" "$staging"; done
+    rm -f "$staging"/*.deb "$staging/download.log"
+    chmod -R u+rwX,go+rX,go-w "$staging"
+    if ! "$staging/usr/bin/pgcopydb" --version >/dev/null 2>&1; then
+        note "no pgcopydb: it does not run here" "apt-get install libpq5"
+        return
+    fi
+    touch "$staging/.provisioned"
+    rm -rf "$folder"
+    mv "$staging" "$folder"
+    scratch=
+}
+
+note() { printf 'provision: note: %s%s\n' "$1" "${2:+; try: $2}" >&2; }
 
 # --- links ------------------------------------------------------------------------------------------------
 

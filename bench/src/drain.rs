@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::contender::{Contender, Running};
+use crate::contender::Contender;
 use crate::measure::{Costs, Watch};
 use crate::same::Content;
+use crate::servers::Server;
 use crate::stage::{DATABASE, Stage};
 
 /// How often the target is looked at.
@@ -48,16 +49,24 @@ impl Drain {
     pub(crate) fn line(&self) -> String {
         let name = self.contender.name();
         match (&self.outcome, &self.differences) {
+            (Outcome::Drained(seconds), Some(found)) if !self.is_drained() => {
+                format!("{name} {seconds:.2} s, DIFFERENT from the source: {}", found.join("; "))
+            }
             (Outcome::Failed(reason), _) => format!("{name} failed: {reason}"),
             (Outcome::Over(seconds), _) => format!("{name} was not done after {seconds:.0} s"),
             (Outcome::Drained(seconds), None) => format!("{name} {seconds:.2} s"),
-            (Outcome::Drained(seconds), Some(found)) if found.is_empty() => {
-                format!("{name} {seconds:.2} s, identical to the source")
-            }
-            (Outcome::Drained(seconds), Some(found)) => {
-                format!("{name} {seconds:.2} s, DIFFERENT from the source: {}", found.join("; "))
-            }
+            (Outcome::Drained(seconds), Some(_)) => format!("{name} {seconds:.2} s, identical to the source"),
         }
+    }
+
+    /// The target holds what the source holds, as far as there is a target. Only such a drain has a time worth comparing.
+    pub(crate) fn is_drained(&self) -> bool {
+        matches!(self.outcome, Outcome::Drained(_)) && !self.differs()
+    }
+
+    /// The target was compared, and holds something else.
+    pub(crate) fn differs(&self) -> bool {
+        self.differences.as_ref().is_some_and(|found| !found.is_empty())
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -87,9 +96,21 @@ pub(crate) async fn drain(stage: &Stage<'_>, contender: Contender, source: &Cont
         Some(target) => Some(target.connect(DATABASE).await?),
         None => None,
     };
-    let ready = contender.prepare(stage).await?;
+    let ready = match contender.prepare(stage).await {
+        Ok(ready) => ready,
+        Err(reason) if !contender.must_drain() => {
+            return Ok(Drain {
+                contender,
+                outcome: Outcome::Failed(format!("{reason:#}")),
+                streaming_after: None,
+                costs: Costs::default(),
+                differences: None,
+            });
+        }
+        Err(reason) => return Err(reason),
+    };
 
-    let mut watch = Watch::begin(target.map(crate::servers::Server::postmaster))?;
+    let mut watch = Watch::begin(target.map(Server::postmaster))?;
     let began = Instant::now();
     let mut running = ready.start().await?;
     watch.daemon(running.process_id());
@@ -117,7 +138,9 @@ pub(crate) async fn drain(stage: &Stage<'_>, contender: Contender, source: &Cont
     watch.look()?;
     let costs = watch.costs();
 
-    let outcome = explained(outcome, &running);
+    if let Outcome::Over(_) = outcome {
+        crate::say(format!("{} last said: {}", contender.name(), running.last_words()));
+    }
     running.stop().await.context("stopping it")?;
     drop(looking);
     let differences = match (target, &outcome) {
@@ -128,12 +151,4 @@ pub(crate) async fn drain(stage: &Stage<'_>, contender: Contender, source: &Cont
     };
     stage.drop_slot(contender.slot()).await?;
     Ok(Drain { contender, outcome, streaming_after, costs, differences })
-}
-
-/// Who does not get done has often said why.
-fn explained(outcome: Outcome, running: &Running<'_>) -> Outcome {
-    if let Outcome::Over(_) = outcome {
-        crate::say(format!("it last said: {}", running.last_words()));
-    }
-    outcome
 }

@@ -13,8 +13,8 @@ use crate::servers::ServerUser;
 
 /// Stops the server of data directory `$2` by the pg_ctl `$1`.
 const STOP_SERVER: &str = r#"cat >/dev/null; "$1" stop -s -m immediate -D "$2""#;
-/// Ends the process `$1`.
-const END_PROCESS: &str = r#"cat >/dev/null; kill -TERM "$1""#;
+/// Ends the process group `$1`.
+const END_PROCESS: &str = r#"cat >/dev/null; kill -TERM -- "-$1""#;
 /// Removes the folder `$1`, once the servers in it are stopped.
 const REMOVE_FOLDER: &str = r#"
 cat >/dev/null

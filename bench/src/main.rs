@@ -11,7 +11,9 @@
 //! | [`workload`] | what the source has done that is to be followed |
 //! | [`contender`] | who follows it |
 //! | [`stage`] | one workload set up: databases, slots, the backlog |
+//! | [`rounds`] | who drains when, and how long anyone may take |
 //! | [`drain`] | one contender drains one backlog |
+//! | [`steady`] | following while the source works: the highest rate, the lag at half of it |
 //! | [`measure`] | processor time and memory of processes |
 //! | [`same`] | whether a target holds what the source holds |
 //! | [`report`] | tables for people, JSON for programs |
@@ -26,9 +28,11 @@ mod options;
 mod process;
 mod programs;
 mod report;
+mod rounds;
 mod same;
 mod servers;
 mod stage;
+mod steady;
 mod workload;
 
 use std::process::ExitCode;
@@ -36,6 +40,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::options::Options;
+use crate::workload::Kind;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -54,14 +59,24 @@ async fn main() -> ExitCode {
 /// Runs every workload; false if a target was not identical to the source, or a contender that must drain did not.
 async fn run(options: &Options) -> anyhow::Result<bool> {
     let programs = programs::Programs::find(options)?;
+    if options.wants(contender::Contender::Pgcopydb) && programs.pgcopydb.is_none() {
+        say(format!(
+            "pgcopydb does not take part: this machine has none, or no wal2json for PostgreSQL {}",
+            options.source
+        ));
+    }
     let mut report = report::Report::begin(options, &programs).await?;
     let servers = servers::Servers::start(&programs).await?;
     report.print_head();
     for kind in options.workloads() {
-        let results = stage::play(kind, options, &programs, &servers).await?;
-        report.add(results);
+        if kind == Kind::G {
+            report.add_steady(&kind.title(options), steady::play(options, &programs, &servers).await?);
+        } else {
+            report.add(rounds::play(kind, options, &programs, &servers).await?);
+        }
+        // Whatever comes next may fail.
+        report.write_json(options)?;
     }
-    report.write_json(options)?;
     report.print_verdict();
     Ok(report.all_good())
 }

@@ -54,7 +54,9 @@ pub(crate) struct Watch {
     before: HashSet<u32>,
     walsenders: HashSet<u32>,
     daemon: Option<u32>,
-    seen: HashMap<Identity, (Role, Cost)>,
+    /// Processor time of every process that was seen.
+    seen: HashMap<Identity, (Role, f64)>,
+    peaks: HashMap<Role, u64>,
     ticks_per_second: f64,
 }
 
@@ -68,6 +70,7 @@ impl Watch {
             walsenders: HashSet::new(),
             daemon: None,
             seen: HashMap::new(),
+            peaks: HashMap::new(),
             ticks_per_second: rustix::param::clock_ticks_per_second() as f64,
         })
     }
@@ -98,23 +101,22 @@ impl Watch {
     /// What was used so far.
     pub(crate) fn costs(&self) -> Costs {
         let of = |wanted: Role| {
-            self.seen.values().filter(|(role, _)| *role == wanted).fold(Cost::default(), |sum, (_, cost)| Cost {
-                cpu_seconds: sum.cpu_seconds + cost.cpu_seconds,
-                peak_bytes: sum.peak_bytes + cost.peak_bytes,
-            })
+            let seconds = self.seen.values().filter(|(role, _)| *role == wanted).map(|(_, seconds)| seconds).sum();
+            Cost { cpu_seconds: seconds, peak_bytes: self.peaks.get(&wanted).copied().unwrap_or(0) }
         };
         Costs { walsender: of(Role::Walsender), daemon: of(Role::Daemon), target: of(Role::Target) }
     }
 
     fn note(&mut self, role: Role, pids: &[u32]) {
+        let mut bytes = 0;
         for &pid in pids {
             // A process may end between two files.
             let Some((started, ticks)) = times(pid) else { continue };
-            let memory = memory(pid, role).unwrap_or(0);
-            let (_, cost) = self.seen.entry((pid, started)).or_insert((role, Cost::default()));
-            cost.cpu_seconds = ticks as f64 / self.ticks_per_second;
-            cost.peak_bytes = cost.peak_bytes.max(memory);
+            self.seen.insert((pid, started), (role, ticks as f64 / self.ticks_per_second));
+            bytes += memory(pid, role).unwrap_or(0);
         }
+        let peak = self.peaks.entry(role).or_default();
+        *peak = bytes.max(*peak);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::contender::Contender;
+use crate::programs::Programs;
 use crate::workload::Kind;
 
 /// Measures how fast a backlog is followed, side by side on throw-away servers: the native subscription, pgtandem, pgcopydb,
@@ -29,8 +30,14 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(13..=18))]
     pub(crate) target: u16,
     /// Who takes part
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "native,pgtandem,null")]
-    pub(crate) contenders: Vec<Contender>,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "native,pgtandem,pgcopydb,null")]
+    contenders: Vec<Contender>,
+    /// The rows of workload h, before the scale
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub(crate) rows: u64,
+    /// How long each rate of workload g is held, in seconds
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(2..=3600))]
+    pub(crate) seconds: u32,
     /// How long any drain may take, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
@@ -53,6 +60,22 @@ impl Options {
     pub(crate) fn workloads(&self) -> Vec<Kind> {
         let all = <Kind as clap::ValueEnum>::value_variants();
         all.iter().copied().filter(|kind| self.workloads.is_empty() || self.workloads.contains(kind)).collect()
+    }
+
+    /// Those who take part in a workload, and can.
+    pub(crate) fn contenders(&self, kind: Kind, programs: &Programs) -> Vec<Contender> {
+        let all = <Contender as clap::ValueEnum>::value_variants();
+        let can = |contender: &Contender| match contender {
+            Contender::Pgcopydb => programs.pgcopydb.is_some(),
+            _ => true,
+        };
+        let wanted = |contender: &Contender| self.contenders.contains(contender) && kind.is_for(*contender);
+        all.iter().copied().filter(|contender| wanted(contender) && can(contender)).collect()
+    }
+
+    /// Whether pgcopydb is to take part.
+    pub(crate) fn wants(&self, contender: Contender) -> bool {
+        self.contenders.contains(&contender)
     }
 
     pub(crate) fn limit(&self) -> Duration {

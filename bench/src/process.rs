@@ -8,7 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 
 use crate::guard::Guard;
@@ -56,7 +56,8 @@ impl Background {
     fn spawn(mut command: Command, log: &Path) -> Result<Self> {
         let program = Path::new(command.as_std().get_program());
         let name = program.file_name().unwrap_or(program.as_os_str()).to_string_lossy().into_owned();
-        let child = command.kill_on_drop(true).spawn().with_context(|| format!("starting {name}"))?;
+        // A group of its own: an interrupt from the terminal is for this program, and its children are stopped with it.
+        let child = command.process_group(0).kill_on_drop(true).spawn().with_context(|| format!("starting {name}"))?;
         let guard = child.id().map(Guard::over_process).transpose()?;
         Ok(Self { name, child, log: log.to_owned(), _guard: guard })
     }
@@ -80,7 +81,7 @@ impl Background {
         if let Some(pid) = self.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw)
             && self.ended()?.is_none()
         {
-            kill_process(pid, Signal::TERM).with_context(|| format!("stopping {}", self.name))?;
+            kill_process_group(pid, Signal::TERM).with_context(|| format!("stopping {}", self.name))?;
         }
         tokio::time::timeout(STOP_DEADLINE, self.child.wait())
             .await

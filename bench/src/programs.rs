@@ -18,6 +18,14 @@ pub(crate) struct Installation {
     pub(crate) bin: PathBuf,
 }
 
+/// pgcopydb, and what it needs on the source.
+#[derive(Clone, Debug)]
+pub(crate) struct Peer {
+    pub(crate) program: PathBuf,
+    /// The folder of the decoding plugin.
+    pub(crate) plugins: PathBuf,
+}
+
 /// All that is run.
 #[derive(Clone, Debug)]
 pub(crate) struct Programs {
@@ -26,6 +34,8 @@ pub(crate) struct Programs {
     /// The folder with `pgbench`, and with the `pg_dump` that pgtandem finds.
     pub(crate) client: PathBuf,
     pub(crate) pgtandem: PathBuf,
+    /// None where it, or the plugin for the source's version, was not to be had.
+    pub(crate) pgcopydb: Option<Peer>,
     /// This program, which is the null reader, too.
     pub(crate) itself: PathBuf,
 }
@@ -45,12 +55,18 @@ impl Programs {
             target: installation(&provided, options.target)?,
             client: resolved(&provided.join(format!("client/{client}/bin")))?,
             pgtandem: resolved(&pgtandem)?,
+            pgcopydb: peer(&provided, options.source),
             itself: std::env::current_exe().context("finding this program itself")?,
         })
     }
 
     pub(crate) fn pgbench(&self) -> PathBuf {
         self.client.join("pgbench")
+    }
+
+    /// Where the source finds decoding plugins that it did not come with.
+    pub(crate) fn plugins(&self) -> Option<&Path> {
+        self.pgcopydb.as_ref().map(|peer| peer.plugins.as_path())
     }
 
     /// The search path for a program that looks for `pg_dump` by itself.
@@ -63,6 +79,13 @@ impl Programs {
 
 fn installation(provided: &Path, major: u16) -> Result<Installation> {
     Ok(Installation { major, bin: resolved(&provided.join(format!("server/{major}/bin")))? })
+}
+
+fn peer(provided: &Path, source: u16) -> Option<Peer> {
+    let root = std::fs::canonicalize(provided.join("peer")).ok()?;
+    let peer =
+        Peer { program: root.join("usr/bin/pgcopydb"), plugins: root.join(format!("usr/lib/postgresql/{source}/lib")) };
+    (peer.program.is_file() && peer.plugins.join("wal2json.so").is_file()).then_some(peer)
 }
 
 fn resolved(path: &Path) -> Result<PathBuf> {

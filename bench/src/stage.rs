@@ -9,7 +9,6 @@ use anyhow::{Context, Result, bail};
 use tokio_postgres::Client;
 
 use crate::contender::{Contender, pgtandem};
-use crate::drain::{self, Drain};
 use crate::options::Options;
 use crate::programs::Programs;
 use crate::same::{Content, TABLES};
@@ -30,15 +29,6 @@ const KEPT_SLOT: &str = "kept";
 /// How long a slot may stay in use after its reader was stopped.
 const SLOT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// What came out of one workload.
-pub(crate) struct Results {
-    pub(crate) kind: Kind,
-    pub(crate) title: String,
-    /// Log that the backlog made, in bytes.
-    pub(crate) backlog_bytes: u64,
-    pub(crate) drains: Vec<Drain>,
-}
-
 /// See the module's first lines.
 pub(crate) struct Stage<'a> {
     pub(crate) options: &'a Options,
@@ -48,34 +38,21 @@ pub(crate) struct Stage<'a> {
     control: Client,
     /// The commit record of the backlog's last transaction lies here or behind.
     pub(crate) done_after: u64,
-    backlog_bytes: u64,
-}
-
-/// Plays one workload: sets up, lets every contender drain in every round, clears away.
-pub(crate) async fn play(kind: Kind, options: &Options, programs: &Programs, servers: &Servers) -> Result<Results> {
-    let title = kind.title(options);
-    say(format!("({}) {title}", kind.letter()));
-    let mut stage = Stage::set_up(kind, options, programs, servers).await?;
-    let content = stage.make_backlog().await?;
-    let mut drains: Vec<Drain> = Vec::new();
-    let contenders = &options.contenders;
-    for round in 0..options.rounds as usize {
-        for turn in 0..contenders.len() {
-            // Nobody always comes first, or always after the same one.
-            let contender = contenders[(round + turn) % contenders.len()];
-            let drain = drain::drain(&stage, contender, &content, options.limit()).await;
-            let drain = drain.with_context(|| format!("({}) {}", kind.letter(), contender.name()))?;
-            say(format!("({}) round {}: {}", kind.letter(), round + 1, drain.line()));
-            drains.push(drain);
-        }
-    }
-    let backlog_bytes = stage.backlog_bytes;
-    stage.clear_away().await?;
-    Ok(Results { kind, title, backlog_bytes, drains })
+    /// And it ends before this.
+    pub(crate) end: String,
+    /// Log that the backlog made, in bytes.
+    pub(crate) backlog_bytes: u64,
 }
 
 impl<'a> Stage<'a> {
-    async fn set_up(kind: Kind, options: &'a Options, programs: &'a Programs, servers: &'a Servers) -> Result<Self> {
+    /// Makes the first state on both sides. pgtandem copies it to its own target, if it takes part.
+    pub(crate) async fn set_up(
+        kind: Kind,
+        contenders: &[Contender],
+        options: &'a Options,
+        programs: &'a Programs,
+        servers: &'a Servers,
+    ) -> Result<Self> {
         say("setting up source and target");
         for (server, database) in [(&servers.source, DATABASE), (&servers.target, TEMPLATE)] {
             server.execute("postgres", &format!("CREATE DATABASE {database} TEMPLATE template0")).await?;
@@ -83,9 +60,10 @@ impl<'a> Stage<'a> {
             server.execute(database, &format!("CREATE TABLE {DONE} (id int PRIMARY KEY); ANALYZE")).await?;
         }
         let control = servers.source.connect(DATABASE).await?;
-        let stage = Self { options, programs, servers, kind, control, done_after: 0, backlog_bytes: 0 };
+        let stage =
+            Self { options, programs, servers, kind, control, done_after: 0, end: String::new(), backlog_bytes: 0 };
         stage.publish().await?;
-        if options.contenders.contains(&Contender::Pgtandem) {
+        if contenders.contains(&Contender::Pgtandem) {
             say("pgtandem copies");
             pgtandem::bring_up(&stage).await?;
         }
@@ -103,7 +81,7 @@ impl<'a> Stage<'a> {
     }
 
     /// Makes the backlog; what the source then holds.
-    async fn make_backlog(&mut self) -> Result<Content> {
+    pub(crate) async fn make_backlog(&mut self) -> Result<Content> {
         say("making the backlog");
         let (options, programs, servers) = (self.options, self.programs, self.servers);
         let before = self.position().await?;
@@ -111,10 +89,23 @@ impl<'a> Stage<'a> {
         self.kind.make_backlog(&place).await?;
         self.done_after = self.position().await?;
         self.backlog_bytes = self.done_after - before;
-        self.control.batch_execute(&format!("INSERT INTO {DONE} VALUES (1)")).await.context("the last transaction")?;
+        self.finish().await?;
         // So that nothing of it is written while somebody drains.
         self.control.batch_execute("CHECKPOINT").await.context("the source's checkpoint")?;
-        Content::of(&servers.source.connect(DATABASE).await?).await.context("summing up the source")
+        self.content().await
+    }
+
+    /// The last transaction.
+    pub(crate) async fn finish(&mut self) -> Result<()> {
+        self.control.batch_execute(&format!("INSERT INTO {DONE} VALUES (1)")).await.context("the last transaction")?;
+        let row = self.control.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await?;
+        self.end = row.try_get(0)?;
+        Ok(())
+    }
+
+    /// What the source holds.
+    pub(crate) async fn content(&self) -> Result<Content> {
+        Content::of(&self.servers.source.connect(DATABASE).await?).await.context("summing up the source")
     }
 
     async fn position(&self) -> Result<u64> {
@@ -141,11 +132,11 @@ impl<'a> Stage<'a> {
     pub(crate) async fn give_slot(&self, contender: Contender) -> Result<()> {
         self.drop_slot(contender.slot()).await?;
         let kept = if contender == Contender::Pgtandem { pgtandem::KEPT_SLOT } else { KEPT_SLOT };
-        self.copy_slot(kept, contender.slot()).await
+        self.copy_slot(kept, contender.slot(), contender.plugin()).await
     }
 
-    pub(crate) async fn copy_slot(&self, from: &str, to: &str) -> Result<()> {
-        let copy = format!("SELECT pg_copy_logical_replication_slot('{from}', '{to}')");
+    pub(crate) async fn copy_slot(&self, from: &str, to: &str, plugin: &str) -> Result<()> {
+        let copy = format!("SELECT pg_copy_logical_replication_slot('{from}', '{to}', false, '{plugin}')");
         self.control.batch_execute(&copy).await.with_context(|| format!("copying the slot {from} to {to}"))
     }
 
@@ -171,7 +162,15 @@ impl<'a> Stage<'a> {
         pid.map(u32::try_from).transpose().context("a process id below zero")
     }
 
-    async fn clear_away(self) -> Result<()> {
+    /// Where a slot begins.
+    pub(crate) async fn slot_position(&self, slot: &str) -> Result<String> {
+        let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+        let row = self.control.query_one(sql, &[&slot]).await.with_context(|| format!("looking at the slot {slot}"))?;
+        Ok(row.try_get(0)?)
+    }
+
+    /// Removes databases and slots, and with them the log that was kept.
+    pub(crate) async fn clear_away(self) -> Result<()> {
         for row in self.control.query("SELECT slot_name::text FROM pg_replication_slots", &[]).await? {
             self.drop_slot(row.try_get(0)?).await?;
         }

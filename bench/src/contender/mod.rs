@@ -2,6 +2,7 @@
 
 pub(crate) mod native;
 pub(crate) mod null;
+pub(crate) mod pgcopydb;
 pub(crate) mod pgtandem;
 
 use anyhow::{Result, bail};
@@ -18,6 +19,8 @@ pub(crate) enum Contender {
     Native,
     /// This project
     Pgtandem,
+    /// pgcopydb follow, as Debian has it
+    Pgcopydb,
     /// Reads everything and applies nothing: what decoding alone takes
     Null,
 }
@@ -27,6 +30,7 @@ impl Contender {
         match self {
             Self::Native => "native subscription",
             Self::Pgtandem => "pgtandem",
+            Self::Pgcopydb => "pgcopydb",
             Self::Null => "null reader",
         }
     }
@@ -34,7 +38,7 @@ impl Contender {
     /// The server that it applies to.
     pub(crate) fn target(self, servers: &Servers) -> Option<&Server> {
         match self {
-            Self::Native => Some(&servers.target),
+            Self::Native | Self::Pgcopydb => Some(&servers.target),
             Self::Pgtandem => Some(&servers.pgtandem_target),
             Self::Null => None,
         }
@@ -44,8 +48,21 @@ impl Contender {
     pub(crate) fn slot(self) -> &'static str {
         match self {
             Self::Pgtandem => pgtandem::SLOT,
-            Self::Native | Self::Null => "drain",
+            Self::Native | Self::Pgcopydb | Self::Null => "drain",
         }
+    }
+
+    /// The decoding plugin of that slot.
+    pub(crate) fn plugin(self) -> &'static str {
+        match self {
+            Self::Pgcopydb => pgcopydb::PLUGIN,
+            Self::Native | Self::Pgtandem | Self::Null => "pgoutput",
+        }
+    }
+
+    /// Whether it must get done: a peer that cannot is told in the table, and no more.
+    pub(crate) fn must_drain(self) -> bool {
+        self != Self::Pgcopydb
     }
 
     /// Does everything that is not measured. The slot and the target are ready.
@@ -53,6 +70,7 @@ impl Contender {
         match self {
             Self::Native => native::Subscription::create(stage, self.slot()).await.map(Ready::Native),
             Self::Pgtandem => pgtandem::Commands::of(stage).map(Ready::Pgtandem),
+            Self::Pgcopydb => pgcopydb::Follow::prepare(stage, self.slot()).await.map(Ready::Pgcopydb),
             Self::Null => Ok(Ready::Null(null::Order::of(stage, self.slot()))),
         }
     }
@@ -62,6 +80,7 @@ impl Contender {
 pub(crate) enum Ready<'a> {
     Native(native::Subscription<'a>),
     Pgtandem(pgtandem::Commands),
+    Pgcopydb(pgcopydb::Follow),
     Null(null::Order),
 }
 
@@ -71,6 +90,7 @@ impl<'a> Ready<'a> {
         match self {
             Self::Native(subscription) => subscription.enable().await.map(Running::Native),
             Self::Pgtandem(commands) => commands.run().map(Running::Daemon),
+            Self::Pgcopydb(follow) => follow.start().map(Running::Daemon),
             Self::Null(order) => order.start().await.map(Running::Null),
         }
     }
@@ -98,17 +118,20 @@ impl Running<'_> {
     /// # Errors
     /// Its program ended before.
     pub(crate) async fn is_done(&mut self, target: Option<&Client>) -> Result<bool> {
-        match self {
-            Self::Null(reader) => return reader.is_done(),
-            Self::Daemon(daemon) => {
-                if let Some(status) = daemon.ended()? {
-                    bail!("it ended with {status}: {}", daemon.last_words());
-                }
-            }
-            Self::Native(_) => {}
+        if let Self::Null(reader) = self {
+            return reader.is_done();
         }
         let Some(target) = target else { bail!("there is no target to look at") };
-        Ok(target.query_opt(&format!("SELECT FROM {DONE}"), &[]).await?.is_some())
+        let ended = match self {
+            Self::Daemon(daemon) => daemon.ended()?,
+            _ => None,
+        };
+        // Looked at after that, for some end once they are done.
+        let done = target.query_opt(&format!("SELECT FROM {DONE}"), &[]).await?.is_some();
+        match ended {
+            Some(status) if !done => bail!("it ended with {status}: {}", self.last_words()),
+            _ => Ok(done),
+        }
     }
 
     /// What it last said, where it says anything.

@@ -71,5 +71,5 @@ pub(crate) async fn bring_up(stage: &Stage<'_>) -> Result<()> {
     let commands = Commands::of(stage)?;
     process::run(commands.command(&["run", "--until", "follow"]), &commands.log).await.context("the first copy")?;
     target.execute("postgres", &format!("ALTER DATABASE {DATABASE} RENAME TO {TEMPLATE}")).await?;
-    stage.copy_slot(SLOT, KEPT_SLOT).await
+    stage.copy_slot(SLOT, KEPT_SLOT, "pgoutput").await
 }

@@ -6,8 +6,9 @@
 mod bulk;
 mod indexed;
 mod keyless;
+mod large;
 mod shop;
-mod tpcb;
+pub(crate) mod tpcb;
 mod wide;
 
 use std::path::PathBuf;
@@ -15,10 +16,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use tokio::process::Command;
 
+use crate::contender::Contender;
 use crate::options::Options;
 use crate::process;
 use crate::programs::Programs;
 use crate::servers::{SUPERUSER, Server, Servers};
+use crate::steady;
 
 /// The workloads, by the letters of the README.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -35,6 +38,10 @@ pub(crate) enum Kind {
     E,
     /// A mixed load over 50 tables with foreign keys
     F,
+    /// Steady state: the highest rate that is followed, and the lag at half of it
+    G,
+    /// One large transaction, for the daemon's memory; pgtandem alone
+    H,
 }
 
 impl Kind {
@@ -46,6 +53,17 @@ impl Kind {
             Self::D => 'd',
             Self::E => 'e',
             Self::F => 'f',
+            Self::G => 'g',
+            Self::H => 'h',
+        }
+    }
+
+    /// Whether it says anything about this contender.
+    pub(crate) fn is_for(self, contender: Contender) -> bool {
+        match self {
+            Self::G => matches!(contender, Contender::Native | Contender::Pgtandem),
+            Self::H => contender == Contender::Pgtandem,
+            _ => true,
         }
     }
 
@@ -58,6 +76,8 @@ impl Kind {
             Self::D => wide::title(options),
             Self::E => keyless::title(options),
             Self::F => shop::title(options),
+            Self::G => steady::title(options),
+            Self::H => large::title(options),
         }
     }
 
@@ -70,6 +90,8 @@ impl Kind {
             Self::D => wide::set_up(place).await,
             Self::E => keyless::set_up(place).await,
             Self::F => shop::set_up(place).await,
+            Self::G => steady::set_up(place).await,
+            Self::H => large::set_up(place).await,
         }
     }
 
@@ -82,6 +104,9 @@ impl Kind {
             Self::D => wide::make_backlog(place).await,
             Self::E => keyless::make_backlog(place).await,
             Self::F => shop::make_backlog(place).await,
+            // What there is to follow is made while it is followed.
+            Self::G => Ok(()),
+            Self::H => large::make_backlog(place).await,
         }
     }
 }
@@ -110,22 +135,32 @@ impl Place<'_> {
         Ok(())
     }
 
-    /// pgbench on this database. Commits are not waited for: that makes a backlog faster, and its log is the same.
-    pub(crate) fn pgbench(&self) -> Command {
+    /// pgbench on this database.
+    fn pgbench(&self) -> Command {
         let mut command = Command::new(self.programs.pgbench());
         command.args(["-h", "127.0.0.1", "-p", &self.server.port().to_string(), "-U", SUPERUSER]);
-        command.env("PGPASSFILE", self.servers.folder.passfile()).env("PGOPTIONS", "-c synchronous_commit=off");
+        command.env("PGPASSFILE", self.servers.folder.passfile());
         command
     }
 
-    pub(crate) async fn run_pgbench(&self, mut command: Command) -> Result<()> {
+    /// pgbench that does not wait for commits: the source makes its log faster, and the log is the same.
+    pub(crate) fn pgbench_unsynced(&self) -> Command {
+        let mut command = self.pgbench();
+        command.env("PGOPTIONS", "-c synchronous_commit=off");
+        command
+    }
+
+    /// Runs it to its end; what it said is in the file.
+    pub(crate) async fn run_pgbench(&self, mut command: Command) -> Result<PathBuf> {
         command.arg(self.database);
-        process::run(command, &self.servers.folder.path().join("pgbench.log")).await
+        let log = self.servers.folder.path().join("pgbench.log");
+        process::run(command, &log).await?;
+        Ok(log)
     }
 
     /// Runs scripts, chosen by their weights, by four clients, so many transactions together.
     pub(crate) async fn run_scripts(&self, transactions: u64, scripts: &[(&str, u32, String)]) -> Result<()> {
-        let mut command = self.pgbench();
+        let mut command = self.pgbench_unsynced();
         command.args(["-n", "-c", "4", "-j", "2", "-t", &transactions.div_ceil(4).to_string()]);
         // So that every run does the same.
         command.arg("--random-seed=1");
@@ -134,6 +169,6 @@ impl Place<'_> {
             std::fs::write(&file, text)?;
             command.arg("-f").arg(format!("{}@{weight}", file.display()));
         }
-        self.run_pgbench(command).await
+        self.run_pgbench(command).await.map(drop)
     }
 }

@@ -10,17 +10,22 @@ const SCALE: u64 = 50;
 const TRANSACTIONS: u64 = 200_000;
 
 pub(super) fn title(options: &Options) -> String {
-    format!("{} pgbench TPC-B transactions, scale {}", options.scaled(TRANSACTIONS), options.scaled(SCALE))
+    format!("{} pgbench TPC-B transactions, scale {}", options.scaled(TRANSACTIONS), scale(options))
 }
 
-pub(super) async fn set_up(place: &Place<'_>) -> Result<()> {
-    let mut command = place.pgbench();
-    command.args(["-i", "-q", "-s", &place.scaled(SCALE).to_string()]);
-    place.run_pgbench(command).await
+/// pgbench's scale, at this scale of ours.
+pub(crate) fn scale(options: &Options) -> u64 {
+    options.scaled(SCALE)
+}
+
+pub(crate) async fn set_up(place: &Place<'_>) -> Result<()> {
+    let mut command = place.pgbench_unsynced();
+    command.args(["-i", "-q", "-s", &scale(place.options).to_string()]);
+    place.run_pgbench(command).await.map(drop)
 }
 
 pub(super) async fn make_backlog(place: &Place<'_>) -> Result<()> {
-    let mut command = place.pgbench();
+    let mut command = place.pgbench_unsynced();
     command.args(["-n", "-c", "4", "-j", "2", "-t", &place.scaled(TRANSACTIONS).div_ceil(4).to_string()]);
-    place.run_pgbench(command).await
+    place.run_pgbench(command).await.map(drop)
 }

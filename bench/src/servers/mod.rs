@@ -3,19 +3,21 @@
 //! PostgreSQL refuses to run as root; started by root, the servers run as `postgres` or, where there is none, as `nobody`.
 //! Nothing is left of them, also when this program is killed.
 
-use std::ffi::OsStr;
+mod room;
+
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::TcpListener;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use tokio_postgres::{Client, Config, NoTls};
 
+use self::room::append_private;
+pub(crate) use self::room::{Folder, ServerUser, tail};
 use crate::guard::Guard;
 use crate::programs::{Installation, Programs};
 use crate::say;
@@ -42,52 +44,6 @@ pub(crate) const SETTINGS: [(&str, &str); 13] = [
     ("log_line_prefix", "%m [%p] %q%a "),
 ];
 
-/// Who runs the servers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ServerUser {
-    /// Whoever runs this program.
-    Same,
-    /// An unprivileged user, since this program runs as root.
-    Other { uid: u32, gid: u32 },
-}
-
-impl ServerUser {
-    fn choose() -> Result<Self> {
-        if !rustix::process::geteuid().is_root() {
-            return Ok(Self::Same);
-        }
-        let passwd = fs::read_to_string("/etc/passwd").context("looking for an unprivileged user")?;
-        let named = |name: &str| {
-            let line = passwd.lines().find(|line| line.split(':').next() == Some(name))?;
-            let mut numbers = line.split(':').skip(2).map(str::parse::<u32>);
-            Some(Self::Other { uid: numbers.next()?.ok()?, gid: numbers.next()?.ok()? })
-        };
-        ["postgres", "nobody"]
-            .into_iter()
-            .find_map(named)
-            .context("PostgreSQL refuses to run as root, and there is no user postgres or nobody")
-    }
-
-    /// A command that this user runs, in a folder that every user may stand in.
-    pub(crate) fn command(self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new(program);
-        command.current_dir("/").stdin(Stdio::null());
-        if let Self::Other { uid, gid } = self {
-            command.uid(uid).gid(gid);
-        }
-        command
-    }
-
-    fn give(self, path: &Path) -> Result<()> {
-        match self {
-            Self::Same => Ok(()),
-            Self::Other { uid, gid } => {
-                chown(path, Some(uid), Some(gid)).with_context(|| format!("giving {} away", path.display()))
-            }
-        }
-    }
-}
-
 /// The three servers and the folder that they lie in.
 pub(crate) struct Servers {
     // In this order they are dropped: the servers are stopped before their folder goes.
@@ -104,43 +60,10 @@ impl Servers {
         say(format!("starting a source {} and two targets {}", programs.source.major, programs.target.major));
         let user = ServerUser::choose()?;
         let folder = Folder::create(user)?;
-        let source = Server::start("source", &programs.source, user, &folder).await?;
-        let target = Server::start("target", &programs.target, user, &folder).await?;
-        let pgtandem_target = Server::start("pgtandem-target", &programs.target, user, &folder).await?;
+        let source = Server::start("source", &programs.source, programs.plugins(), user, &folder).await?;
+        let target = Server::start("target", &programs.target, None, user, &folder).await?;
+        let pgtandem_target = Server::start("pgtandem-target", &programs.target, None, user, &folder).await?;
         Ok(Self { source, target, pgtandem_target, folder })
-    }
-}
-
-/// A folder that the servers' user can pass; removed when dropped.
-pub(crate) struct Folder {
-    path: PathBuf,
-    _guard: Guard,
-}
-
-impl Folder {
-    fn create(user: ServerUser) -> Result<Self> {
-        // A TMPDIR of root's own may be closed to others; /tmp is not.
-        let parent = if user == ServerUser::Same { std::env::temp_dir() } else { PathBuf::from("/tmp") };
-        let made = tempfile::Builder::new().prefix("pgtandem-bench-").tempdir_in(parent).context("making a folder")?;
-        let path = made.keep();
-        let folder = Self { _guard: Guard::over_folder(path.as_os_str())?, path };
-        fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o711)).context("opening the folder")?;
-        Ok(folder)
-    }
-
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Passwords of all servers, for programs that use libpq.
-    pub(crate) fn passfile(&self) -> PathBuf {
-        self.path.join("pgpass")
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.path).ok();
     }
 }
 
@@ -159,7 +82,14 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    async fn start(name: &'static str, installed: &Installation, user: ServerUser, folder: &Folder) -> Result<Self> {
+    /// `plugins` is a folder with decoding plugins beside the server's own.
+    async fn start(
+        name: &'static str,
+        installed: &Installation,
+        plugins: Option<&Path>,
+        user: ServerUser,
+        folder: &Folder,
+    ) -> Result<Self> {
         let starting = || format!("starting the {name} (PostgreSQL {})", installed.major);
         let room = folder.path().join(name);
         fs::create_dir(&room).with_context(starting)?;
@@ -171,6 +101,9 @@ impl Server {
         postgres.arg("-D").arg(&data).arg("-p").arg(port.to_string());
         for (setting, value) in SETTINGS {
             postgres.arg("-c").arg(format!("{setting}={value}"));
+        }
+        if let Some(plugins) = plugins {
+            postgres.arg("-c").arg(format!("dynamic_library_path=$libdir:{}", plugins.display()));
         }
         // A group of its own: an interrupt from the terminal is for this program.
         postgres.process_group(0).stdout(log.try_clone()?).stderr(log);
@@ -291,24 +224,6 @@ async fn initialise(
 pub(crate) fn free_port() -> Result<u16> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).context("looking for a free port")?;
     Ok(listener.local_addr().context("looking for a free port")?.port())
-}
-
-/// The last lines of a file, as one line.
-pub(crate) fn tail(file: &Path, lines: usize) -> String {
-    let bytes = fs::read(file).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    all[all.len().saturating_sub(lines)..].join(" / ")
-}
-
-fn append_private(path: &Path, text: &str) -> Result<()> {
-    fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .with_context(|| format!("writing {}", path.display()))
 }
 
 fn random_password() -> Result<String> {
