@@ -13,6 +13,14 @@
 //! Progress is advanced only `WHERE epoch = ours` (see [`crate::state::Leadership`]): a daemon that lost the move without
 //! knowing finds no row, and rolls back.
 //!
+//! # What a crash of the target takes back
+//!
+//! While a backlog is worked off, most commits do not wait until the target's log is on its disk (`synchronous_commit = off`). A
+//! crash of the target then takes back the last of them, in the reverse order of their commits, and each takes its progress
+//! back with it: the next start goes on from there. The source still has what comes after, because only a commit that waited
+//! is told to it: such a one comes at least twice a second, and whenever nothing more waits. With it everything before it is
+//! durable, on a synchronous standby too, where the target has one.
+//!
 //! # Before the newest cut
 //!
 //! A table that was copied under a cut has every transaction that committed before the cut; the applier skips
@@ -21,7 +29,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +49,10 @@ use crate::postgres::pgoutput::{Message, Relation, Value};
 use crate::postgres::{Lsn, QualifiedName};
 use crate::state::Store;
 use crate::telemetry::{BatchApplied, Telemetry};
+
+/// While more is on its way, a commit does not wait for the target's disk, but one in this time does, and everything before it
+/// is durable with it.
+const DURABLE_EVERY: Duration = Duration::from_millis(500);
 
 /// See the module's first lines.
 pub(super) struct Applier {
@@ -66,6 +78,10 @@ pub(super) struct Applier {
     /// The newest position known to hold nothing to apply, not yet written down.
     pub idle: Option<Lsn>,
     pub idle_written: Instant,
+    /// What is on the target and may be lost yet, if the target crashes.
+    pub volatile: Option<Lsn>,
+    /// When something was last known to be durable.
+    pub durable_at: Instant,
     pub stop: CancellationToken,
 }
 
@@ -118,6 +134,8 @@ impl Applier {
             let has_room = self.batch.as_ref().is_none_or(|batch| batch.bytes < self.settings.batch_max_bytes);
             let whole = self.batch.as_ref().filter(|batch| batch.whole.is_some() && self.lane.is_free());
             let old = whole.filter(|_| self.may_begin()).map(|batch| batch.since + self.settings.batch_max_delay);
+            let volatile = self.volatile.filter(|_| self.lane.is_free() && self.may_begin());
+            let volatile = volatile.map(|_| self.durable_at + DURABLE_EVERY);
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return self.finish().await,
@@ -137,6 +155,7 @@ impl Applier {
                 () = self.gate.pass(), if !self.gate.is_open() => {}
                 () = wait_until(old) => {}
                 () = wait_until(idle_due) => self.write_idle()?,
+                () = wait_until(volatile) => self.make_durable()?,
             }
         }
     }
@@ -176,7 +195,8 @@ impl Applier {
             self.hand_over()?;
             self.free().await?;
         }
-        Ok(())
+        self.make_durable()?;
+        self.free().await
     }
 
     /// Waits until the target has done what it was given.
@@ -190,15 +210,20 @@ impl Applier {
 
     /// The target is done with what it was given.
     fn finished(&mut self, end: Option<End>) -> Result<()> {
-        let Some(End { lsn, commit_micros, marker, applied }) = end else { return Ok(()) };
+        let Some(End { lsn, commit_micros, marker, applied, durable }) = end else { return Ok(()) };
         if applied.transactions > 0 {
             self.telemetry.batch(applied);
         }
-        self.durable.send_modify(|durable| {
-            durable.lsn = lsn;
-            durable.commit_micros = commit_micros.or(durable.commit_micros);
-            durable.marker = marker.or(durable.marker);
-        });
+        // Whatever was committed before a durable commit is durable with it.
+        self.volatile = (!durable).then_some(lsn);
+        if durable {
+            self.durable.send_modify(|durable| {
+                durable.lsn = lsn;
+                durable.commit_micros = commit_micros.or(durable.commit_micros);
+                durable.marker = marker.or(durable.marker);
+            });
+            self.durable_at = Instant::now();
+        }
         self.telemetry.applied(lsn, commit_micros);
         if let Some(micros) = commit_micros {
             self.telemetry.arrived(micros);
@@ -221,7 +246,12 @@ impl Applier {
             let bytes = batch.bytes - whole.bytes;
             self.batch = Some(Batch { changes: rest, bytes, applied: batch.applied, ..Batch::new() });
         }
-        self.lane.start(Work { changes: batch.changes, end: Some(whole.end) })
+        let mut end = whole.end;
+        end.durable = end.marker.is_some()
+            || self.queue.is_empty()
+            || self.schema.end_the_batch()
+            || self.durable_at.elapsed() >= DURABLE_EVERY;
+        self.lane.start(Work { changes: batch.changes, end: Some(end) })
     }
 
     /// Brings the target to where the stream stands, inside the open source transaction.
@@ -342,7 +372,7 @@ impl Applier {
             applied.add(&earlier.applied);
         }
         let marker = marker.or(earlier.and_then(|earlier| earlier.marker));
-        let end = End { lsn, commit_micros: Some(commit_micros), marker, applied };
+        let end = End { lsn, commit_micros: Some(commit_micros), marker, applied, durable: true };
         batch.whole = Some(Whole { end, changes: batch.changes.len(), bytes: batch.bytes });
         let schema_changed = self.schema.end_the_batch();
         if marker.is_some() || schema_changed || ended.commit_lsn <= self.settings.one_by_one {
@@ -441,7 +471,19 @@ impl Applier {
         if !self.is_between() || !self.gate.is_open() || lsn <= self.durable.borrow().lsn {
             return Ok(());
         }
-        let end = End { lsn, commit_micros: None, marker: None, applied: BatchApplied::default() };
+        self.write_progress(lsn)
+    }
+
+    /// Nothing follows that would make durable what was committed: a commit without changes does.
+    fn make_durable(&mut self) -> Result<()> {
+        match self.volatile.filter(|_| self.lane.is_free() && self.batch.as_ref().is_none_or(|batch| !batch.begun)) {
+            Some(lsn) => self.write_progress(lsn),
+            None => Ok(()),
+        }
+    }
+
+    fn write_progress(&mut self, lsn: Lsn) -> Result<()> {
+        let end = End { lsn, commit_micros: None, marker: None, applied: BatchApplied::default(), durable: true };
         self.lane.start(Work { changes: Vec::new(), end: Some(end) })
     }
 }

@@ -51,6 +51,8 @@ pub(super) struct End {
     /// The marker that is part of it.
     pub marker: Option<u64>,
     pub applied: BatchApplied,
+    /// The commit waits until it cannot be lost any more.
+    pub durable: bool,
 }
 
 impl Executor {
@@ -59,6 +61,9 @@ impl Executor {
         self.begin().await?;
         self.apply(&work.changes).await?;
         let Some(mut end) = work.end else { return Ok(None) };
+        if !end.durable {
+            self.own("SET LOCAL synchronous_commit = off").await?;
+        }
         self.advance(&end).await?;
         self.pipeline.commit().await?;
         end.applied.duration = self.open.take().map(|begun| begun.elapsed()).unwrap_or_default();

@@ -209,7 +209,8 @@ impl Follow<'_> {
     /// Opens what both ends need, from durable progress on.
     async fn begin(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
         let slot = Slot::new(self.source, &self.config.name);
-        let progress = self.store.progress().await?;
+        // It is confirmed to the source from here on.
+        let progress = self.store.durable_progress().await?;
         let version = slot.check(progress.lsn).await?;
         self.durable.send_modify(|durable| {
             durable.lsn = progress.lsn;
@@ -265,6 +266,8 @@ impl Follow<'_> {
             batch: None,
             idle: None,
             idle_written: Instant::now(),
+            volatile: None,
+            durable_at: Instant::now(),
             stop: stop.child_token(),
         };
         Ok(Ends { reader, applier, backend, moved })

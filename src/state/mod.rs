@@ -348,6 +348,19 @@ impl Store {
         })
     }
 
+    /// The same, but what it returns is not lost any more if the target crashes: the commit of this waits for the target's disk, and what
+    /// it reads was committed before. The applier's own commits do not always wait.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn durable_progress(&self) -> Result<Progress> {
+        let sql = "UPDATE pgtandem.progress SET lsn = lsn WHERE move = $1";
+        let session = self.session().await?;
+        session.get()?.execute(sql, &[&self.name.as_str()]).await.doing(|| "making progress durable")?;
+        drop(session);
+        self.progress().await
+    }
+
     /// Removes every row of this move; with the last one the tables, and the schema if nothing else is in it: the target
     /// may be the source of another move, whose fence lives there as well.
     ///
