@@ -21,6 +21,7 @@ mod net;
 mod pipeline;
 mod queue;
 mod reader;
+mod reading;
 mod relation;
 mod rhythm;
 mod row;
@@ -41,10 +42,10 @@ use self::ddl::capture::Capture;
 use self::ddl::{Moved, SchemaChanges};
 pub use self::gate::Gate;
 pub use self::marker::{Marker, MarkerWatch};
+use self::reading::{Opening, Reading};
 use self::slot::Slot;
 use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server, Session, Side};
 use crate::state::Store;
@@ -151,15 +152,14 @@ impl Follow<'_> {
 
     async fn attempt(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<()> {
         // Until the stream stands, nothing has begun that a stop would have to finish.
-        let Ends { reader, applier, backend, moved } = tokio::select! {
+        let Ends { reading, reader_stop, applier, backend, moved } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
             ends = self.begin(stop, one_by_one, reached) => ends?,
         };
         // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
         // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
-        let (reader_stop, applier_stop) = (CancellationToken::new(), applier.stop.clone());
-        let mut reading = tokio::spawn(reader.run(reader_stop.clone()));
+        let applier_stop = applier.stop.clone();
         let mut applying = Box::pin(applier.run());
         let mut watching = std::pin::pin!(watching::watch(self, &moved));
         let mut noticed = None;
@@ -181,14 +181,9 @@ impl Follow<'_> {
         // With the applier goes its end of the queue: the reader may be waiting for room that nobody would make.
         drop(applying);
         reader_stop.cancel();
-        let read = match tokio::time::timeout(STOP_GRACE, &mut reading).await {
-            Ok(Ok(read)) => read,
-            Ok(Err(panicked)) => Err(Error::bug(format!("the reader ended: {panicked}"))),
-            Err(_) => {
-                reading.abort();
-                Err(Error::new(Class::Retry, "source_silent", "the source does not take the last confirmation"))
-            }
-        };
+        let read = tokio::time::timeout(STOP_GRACE, reading.ended()).await.unwrap_or_else(|_| {
+            Err(Error::new(Class::Retry, "source_silent", "the source does not take the last confirmation"))
+        });
         // What the applier says counts more: the reader's error is often only its echo.
         if let Err(error) = applied {
             self.lost(&error, Side::Target);
@@ -234,9 +229,19 @@ impl Follow<'_> {
         let tables = self.store.tables().await?;
         let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
         let moved = Moved::new(moved.collect());
-        let stream = self.stream(progress.lsn, version).await?;
         let (sender, receiver) = queue::queue((self.config.follow.batch_max_bytes / 2).max(1 << 20));
-        let reader = reader::Reader::new(stream, slot, sender, self.durable.subscribe(), self.telemetry.clone());
+        let opening = Opening {
+            source: self.source.clone(),
+            slot: slot.clone(),
+            record: self.store.find().await?,
+            publications: self.publications.to_vec(),
+            version,
+            from: progress.lsn,
+        };
+        let (durable, telemetry) = (self.durable.subscribe(), self.telemetry.clone());
+        let reader = move |stream| reader::Reader::new(stream, slot, sender, durable, telemetry);
+        let reader_stop = CancellationToken::new();
+        let reading = Reading::start(opening, reader, reader_stop.clone()).await?;
         let applier = apply::Applier {
             settings: Settings {
                 move_name: self.config.name.clone(),
@@ -270,7 +275,7 @@ impl Follow<'_> {
             durable_at: Instant::now(),
             stop: stop.child_token(),
         };
-        Ok(Ends { reader, applier, backend, moved })
+        Ok(Ends { reading, reader_stop, applier, backend, moved })
     }
 
     /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
@@ -319,20 +324,6 @@ impl Follow<'_> {
         }
         Ok(wire)
     }
-
-    async fn stream(&self, from: Lsn, version: i32) -> Result<ReplicationStream> {
-        let mut walsender = Walsender::connect(self.source, "stream").await?;
-        slot::check_identity(self.store.find().await?.as_ref(), &walsender.identify_system().await?)?;
-        let publications: Vec<String> =
-            self.publications.iter().map(|name| crate::postgres::quote_identifier(name)).collect();
-        let mut options = vec![("proto_version", "1".to_owned()), ("publication_names", publications.join(","))];
-        // From 15 on a transaction in which nothing is published is not sent at all, and the marker is such a one: only
-        // its message makes it travel. 13 knows no messages and sends every transaction.
-        if version >= 140_000 {
-            options.push(("messages", "true".to_owned()));
-        }
-        walsender.stream(&self.config.name.slot(), from, &options).await
-    }
 }
 
 /// `$1` process id, `$2` application name.
@@ -342,7 +333,8 @@ const END_SESSION: &str = "
 
 /// The two ends of a run, ready to go.
 struct Ends {
-    reader: reader::Reader,
+    reading: Reading,
+    reader_stop: CancellationToken,
     applier: apply::Applier,
     /// The tables of the move.
     moved: Moved,

@@ -60,9 +60,13 @@ pub(super) struct Reader {
 }
 
 /// Reads what has arrived, once it is time to. Cancellation safe.
+///
+/// Asleep, the thread is not woken by what arrives; that is what the thread is for. It sleeps for some milliseconds, and
+/// whatever else the reader waits for comes late by so much.
+#[allow(clippy::disallowed_methods, reason = "the thread and its runtime serve this reader alone")]
 async fn gulp(stream: &mut ReplicationStream, rest: Option<Instant>) -> Result<usize> {
-    if let Some(rest) = rest.filter(|rest| *rest > Instant::now()) {
-        tokio::time::sleep_until(rest.into()).await;
+    if let Some(rest) = rest.and_then(|rest| rest.checked_duration_since(Instant::now())) {
+        std::thread::sleep(rest);
     }
     stream.gulp(GULP).await
 }
