@@ -125,7 +125,7 @@ impl Executor {
                 None => return Ok(None),
                 Some(Mismatch { plan, what, expected, found }) => {
                     let message = format!("{expected} {what} found {found} rows in table {}", plan.name.plain());
-                    return Ok(Some((Error::new(Class::Operator, "rows_not_found", message), plan)));
+                    return Ok(Some((Error::new(Class::Operator, "row_missing", message), plan)));
                 }
             },
             Err(error) => error,

@@ -27,7 +27,7 @@ impl Pipeline {
         let mut deletes = net.deletes.iter();
         while deletes.len() > 0 {
             let mut parameters = Parameters::new(key.iter().filter_map(|&at| plan.columns.get(at)));
-            while let Some(row) = deletes.next() {
+            for row in deletes.by_ref() {
                 parameters.row(row.parts().iter().copied().map(Some));
                 if parameters.bytes >= STATEMENT {
                     break;
@@ -39,7 +39,7 @@ impl Pipeline {
             let mut rows = rows.iter();
             while rows.len() > 0 {
                 let mut parameters = Parameters::new(key.iter().chain(set).filter_map(|&at| plan.columns.get(at)));
-                while let Some((key, row)) = rows.next() {
+                for (key, row) in rows.by_ref() {
                     let values: Vec<Value<'_>> = row.values().collect();
                     let mut written = Vec::with_capacity(set.len());
                     for &at in set {

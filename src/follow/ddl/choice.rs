@@ -90,7 +90,8 @@ impl Applier {
             quote_literal(self.settings.move_name.as_str()),
             text_digest(&candidates.text)
         );
-        let rows = self.pipeline()?.query(&sql).await.doing(|| "looking for the statements of a text that ran before")?;
+        let rows =
+            self.pipeline()?.query(&sql).await.doing(|| "looking for the statements of a text that ran before")?;
         let last = rows.first().and_then(|row| row.first()?.as_ref()?.parse().ok());
         if let Some(last) = last {
             candidates.behind(last);
@@ -184,7 +185,8 @@ impl Applier {
     /// As the role that ran it, in its search path and under its settings; afterwards everything is as before. If the server
     /// refuses, the savepoint brings that back.
     async fn execute_as(&mut self, event: &Event, statement: &str) -> Result<()> {
-        let own = self.pipeline()?
+        let own = self
+            .pipeline()?
             .query("SELECT pg_catalog.current_setting('role'), pg_catalog.current_setting('search_path')")
             .await?;
         let own = |at: usize| own.first().and_then(|row| row.get(at).cloned().flatten()).unwrap_or_default();

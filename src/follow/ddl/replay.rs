@@ -369,7 +369,8 @@ impl Applier {
 
     async fn copy_again(&mut self, table: &QualifiedName) -> Result<()> {
         let sql = copying_sql(self.settings.move_name.as_str(), table) + " RETURNING 1";
-        let rows = self.pipeline()?.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
+        let rows =
+            self.pipeline()?.query(&sql).await.doing(|| format!("asking for a copy of table {}", table.plain()))?;
         if !rows.is_empty() {
             tracing::info!(table = %table.plain(), "the table is copied again after the schema change");
             self.schema.copy_again = true;
