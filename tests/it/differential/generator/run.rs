@@ -146,7 +146,7 @@ impl<'a> Case<'a> {
             if table.changes_identity() {
                 let sql = format!("alter table {} replica identity default", table.name());
                 self.from.execute(&sql).await;
-                self.to.execute(&sql).await;
+                self.to_above.execute(&sql).await;
             }
         }
         self.cut_over().await?;
