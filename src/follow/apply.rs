@@ -43,10 +43,10 @@ use super::queue::Receiver;
 use super::reader::Delivery;
 use super::relation::{Plan, mending, type_names_query};
 use super::target_table::{TargetTable, target_table, target_table_query};
-use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings, TABLES_TO_COPY};
+use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, Relation, Value};
-use crate::postgres::{Lsn, QualifiedName};
+use crate::postgres::{Lsn, QualifiedName, quote_literal};
 use crate::state::Store;
 use crate::telemetry::{BatchApplied, Telemetry};
 
@@ -450,11 +450,23 @@ impl Applier {
             }
         }
         let (Some(at), Some(first)) = (at, plans.first().map(Arc::clone)) else { return Ok(()) };
-        let names: Vec<String> = plans.iter().map(|plan| plan.truncated()).collect();
+        let mut names: Vec<String> = plans.iter().map(|plan| plan.truncated()).collect();
+        names.extend(self.emptied_whole(&plans).await?);
         let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
         let sql = format!("TRUNCATE {}{restart}", names.join(", "));
         self.collect(Change { plan: first, at, row: Row::Truncate(sql.into()) }, |applied| applied.truncates += 1);
         Ok(())
+    }
+
+    /// The partitioned tables on the target of which every partition is emptied. The stream names the partitions alone; a foreign
+    /// key that refers to one of them belongs to a whole table, which the server wants to see emptied at the same time.
+    async fn emptied_whole(&mut self, plans: &[Arc<Plan>]) -> Result<Vec<String>> {
+        let listed: Vec<String> = plans.iter().map(|plan| quote_literal(&plan.name.to_string())).collect();
+        let question = EMPTIED_WHOLE.replace("$1", &format!("ARRAY[{}]", listed.join(", ")));
+        self.free().await?;
+        let rows =
+            self.pipeline()?.query(&question).await.doing(|| "looking for tables whose partitions are emptied")?;
+        Ok(rows.into_iter().flatten().flatten().collect())
     }
 
     fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
@@ -488,9 +500,22 @@ impl Applier {
     }
 }
 
+/// `$1`: tables that are emptied, quoted.
+const EMPTIED_WHOLE: &str = "
+    WITH listed AS (
+        SELECT pg_catalog.to_regclass(name)::pg_catalog.oid AS oid FROM unnest($1::text[]) AS names (name))
+    SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.relname)
+    FROM listed
+    CROSS JOIN LATERAL pg_catalog.pg_partition_ancestors(listed.oid) AS above (oid)
+    JOIN pg_catalog.pg_class c ON c.oid = above.oid AND c.relkind = 'p'
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE NOT EXISTS (
+        SELECT FROM pg_catalog.pg_partition_tree(c.oid) AS below
+        WHERE below.isleaf AND below.relid NOT IN (SELECT oid FROM listed WHERE oid IS NOT NULL))";
+
 /// Following ends for a while: tables are to be copied, as the state says.
 fn tables_to_copy() -> Error {
-    Error::new(Class::Retry, TABLES_TO_COPY, "tables are to be copied again after a schema change")
+    Error::new(Class::Retry, "tables_to_copy", "tables are to be copied again after a schema change")
 }
 
 fn out_of_place(what: &str) -> Error {

@@ -103,7 +103,7 @@ fn meaning(sqlstate: &str) -> (Class, &'static str, Option<&'static str>) {
         "57P01" | "57P02" => (Class::Retry, "connection_terminated", None),
         "57P03" => (Class::Retry, "cannot_connect_now", None),
         "57014" => (Class::Retry, "query_canceled", None),
-        "25P03" | "57P05" => (Class::Retry, "session_timeout", None),
+        "25P03" | "25P04" | "57P05" => (Class::Retry, "session_timeout", None),
         "53100" => (Class::Wait, "disk_full", Some("make room on the server; pgtandem goes on by itself")),
         "53200" => (Class::Wait, "out_of_memory", None),
         "53300" => (

@@ -50,6 +50,11 @@ impl Side {
 pub const PINNED_SETTINGS: &str = "\
     SET client_min_messages = warning;
     SET search_path = '';
+    SET statement_timeout = 0;
+    SET lock_timeout = 0;
+    SET idle_in_transaction_session_timeout = 0;
+    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+        WHERE name IN ('idle_session_timeout', 'transaction_timeout');
     SET DateStyle = 'ISO, YMD';
     SET IntervalStyle = 'postgres';
     SET TimeZone = 'UTC';
@@ -59,16 +64,11 @@ pub const PINNED_SETTINGS: &str = "\
     SET xmloption = content;
     SET array_nulls = on;
     SET standard_conforming_strings = on;
-    SET statement_timeout = 0;
-    SET lock_timeout = 0;
-    SET idle_in_transaction_session_timeout = 0;
     SET default_transaction_read_only = off;
     SET default_transaction_isolation = 'read committed';
     SET default_transaction_deferrable = off;
     SET row_security = off;
-    SET synchronous_commit = on;
-    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
-        WHERE name IN ('idle_session_timeout', 'transaction_timeout');";
+    SET synchronous_commit = on";
 
 /// How to reach one of the two servers. Cheap to clone.
 #[derive(Clone)]

@@ -195,3 +195,33 @@ async fn what_observes_the_target_sees_the_order_of_the_source() {
     assert_same(&from, &to).await;
     ends(daemon).await;
 }
+
+/// The stream names partitions; a foreign key that refers to them belongs to the tables that they are of.
+#[tokio::test]
+async fn partitioned_tables_that_refer_to_each_other_are_emptied() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(
+        "create table tree (id int primary key, up int references tree) partition by range (id);
+         create table tree_1 partition of tree for values from (0) to (100);
+         create table tree_2 partition of tree for values from (100) to (200) partition by range (id);
+         create table tree_2_1 partition of tree_2 for values from (100) to (200);
+         create table leaf (id int references tree) partition by range (id);
+         create table leaf_1 partition of leaf for values from (0) to (200);
+         alter table leaf_1 replica identity full;
+         create table alone (id int primary key) partition by range (id);
+         create table alone_1 partition of alone for values from (0) to (100);
+         create table alone_2 partition of alone for values from (100) to (200);
+         insert into tree select i, nullif(i - 1, 89) from generate_series(90, 110) i;
+         insert into leaf values (95); insert into alone select i from generate_series(90, 110) i",
+    )
+    .await;
+    let mut daemon = Pgtandem::new(&from, &to, "emptied").spawn(&["run"]);
+    following(&mut daemon, PATIENCE).await;
+
+    from.execute("truncate tree, leaf; insert into tree values (101, null), (1, 101); truncate alone_2").await;
+
+    arrives(&from, &to).await;
+    assert_eq!(to.query_string("select count(*) from alone").await, "10", "a partition alone");
+    ends(daemon).await;
+}
