@@ -94,8 +94,9 @@ pub(super) async fn prepare(source: &Server, names: &Names, tables: &[QualifiedN
             "SET client_min_messages = error;
              CREATE SCHEMA IF NOT EXISTS pgtandem;
              GRANT USAGE ON SCHEMA pgtandem TO PUBLIC;
-             {}",
-            names.open_function()
+             {}; ALTER FUNCTION {}() OWNER TO CURRENT_USER",
+            names.open_function(),
+            names.function()
         ))
         .await
         .doing(|| "preparing the fence: the schema pgtandem on the source")?;

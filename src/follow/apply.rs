@@ -134,7 +134,8 @@ impl Applier {
             let has_room = self.batch.as_ref().is_none_or(|batch| batch.bytes < self.settings.batch_max_bytes);
             let whole = self.batch.as_ref().filter(|batch| batch.whole.is_some() && self.lane.is_free());
             let old = whole.filter(|_| self.may_begin()).map(|batch| batch.since + self.settings.batch_max_delay);
-            let volatile = self.volatile.filter(|_| self.lane.is_free() && self.may_begin());
+            let begun = self.batch.as_ref().is_some_and(|batch| batch.begun);
+            let volatile = self.volatile.filter(|_| self.lane.is_free() && self.gate.is_open() && !begun);
             let volatile = volatile.map(|_| self.durable_at + DURABLE_EVERY);
             tokio::select! {
                 biased;
@@ -288,7 +289,7 @@ impl Applier {
     async fn deliver(&mut self, delivery: Delivery) -> Result<()> {
         match delivery {
             Delivery::Idle(lsn) => {
-                if lsn > self.durable.borrow().lsn {
+                if lsn > self.written() {
                     self.idle = Some(lsn);
                 }
                 Ok(())
@@ -480,10 +481,15 @@ impl Applier {
     fn write_idle(&mut self) -> Result<()> {
         self.idle_written = Instant::now();
         let Some(lsn) = self.idle.take() else { return Ok(()) };
-        if !self.is_between() || !self.gate.is_open() || lsn <= self.durable.borrow().lsn {
+        if !self.is_between() || !self.gate.is_open() || lsn <= self.written() {
             return Ok(());
         }
         self.write_progress(lsn)
+    }
+
+    /// Progress on the target, durable or not.
+    fn written(&self) -> Lsn {
+        self.durable.borrow().lsn.max(self.volatile.unwrap_or_default())
     }
 
     /// Nothing follows that would make durable what was committed: a commit without changes does.

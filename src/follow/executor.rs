@@ -99,17 +99,24 @@ impl Executor {
                 break;
             }
             self.own(SAVEPOINT).await?;
+            // What was not found before the savepoint stays not found.
+            self.pipeline.settle().await?;
             let missing = self.pipeline.missing();
             let Some((error, culprit)) = self.try_sets(&stages).await? else {
                 groups(&stages).for_each(|group| group.plan.sets.next());
                 return self.own(RELEASE).await;
             };
-            tracing::debug!(%error, "the changes of {} are applied one by one", culprit.name.plain());
             self.telemetry.fallback(reason(&error));
-            culprit.sets.refused();
-            ordered.insert(culprit.generation);
             self.own(ROLLBACK).await?;
             self.pipeline.forget_missing(missing);
+            // A statement for a single row was refused: it may want the order of all tables, as a CHECK does that reads another one.
+            let Some(culprit) = culprit else {
+                tracing::debug!(%error, "a stretch is applied one by one");
+                break;
+            };
+            tracing::debug!(%error, "the changes of {} are applied one by one", culprit.name.plain());
+            culprit.sets.refused();
+            ordered.insert(culprit.generation);
         }
         for change in changes {
             self.pipeline.change(change).await?;
@@ -117,27 +124,26 @@ impl Executor {
         Ok(())
     }
 
-    /// Runs what follows a savepoint, and reads every answer. If a statement for a set did not do what it should, and that may
-    /// be for the want of order: the error, and the table that it was for.
-    async fn try_sets(&mut self, stages: &[Stage<'_>]) -> Result<Option<(Error, Arc<Plan>)>> {
+    /// Runs what follows a savepoint, and reads every answer. If a statement did not do what it should, and that may
+    /// be for the want of order: the error, and the table if it was for a set of its rows.
+    async fn try_sets(&mut self, stages: &[Stage<'_>]) -> Result<Option<(Error, Option<Arc<Plan>>)>> {
         let error = match self.sets(stages).await {
             Ok(()) => match self.pipeline.take_mismatch() {
                 None => return Ok(None),
                 Some(Mismatch { plan, what, expected, found }) => {
                     let message = format!("{expected} {what} found {found} rows in table {}", plan.name.plain());
-                    return Ok(Some((Error::new(Class::Operator, "row_missing", message), plan)));
+                    return Ok(Some((Error::new(Class::Operator, "row_missing", message), Some(plan))));
                 }
             },
             Err(error) => error,
         };
         // A deadlock, a full disk or a lost connection would meet the ordered path as well.
-        match self.pipeline.take_refused().filter(|_| error.class() == Class::Operator) {
-            Some(culprit) => {
-                self.pipeline.recover().await?;
-                Ok(Some((error, culprit)))
-            }
-            None => Err(error),
+        let culprit = self.pipeline.take_refused();
+        if error.class() != Class::Operator || error.sqlstate().is_none() {
+            return Err(error);
         }
+        self.pipeline.recover().await?;
+        Ok(Some((error, culprit)))
     }
 
     async fn sets(&mut self, stages: &[Stage<'_>]) -> Result<()> {

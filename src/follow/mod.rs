@@ -319,6 +319,8 @@ impl Follow<'_> {
 
     async fn apply_connection(&self) -> Result<Wire> {
         let mut wire = Wire::connect(self.target, "apply", Mode::Sql, &[]).await?;
+        // Nobody reads while rows are sent: a warning for each of them would fill the way back until nothing moves any more.
+        wire.query("SET client_min_messages = error").await.doing(|| "silencing warnings for apply")?;
         if self.replica_role {
             wire.query("SET session_replication_role = replica").await.doing(|| "switching off triggers for apply")?;
         }

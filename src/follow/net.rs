@@ -18,6 +18,8 @@
 //!   two rows that exchange a value. The server then refuses the statement, and the ordered path is taken instead.
 //! - Rows without a key, under REPLICA IDENTITY FULL, are known by their look. Rows that look the same are interchangeable, so
 //!   whichever of them a change meant, another one may be taken.
+//! - A CHECK or a domain that reads another table may notice the order of tables. It then refuses a row, and the whole stretch takes
+//!   the ordered path.
 //! - The changes of a row contradict each other (two inserts, an update after a delete)? Then something is not as assumed: the
 //!   ordered path is taken, where the server decides.
 
@@ -36,6 +38,11 @@ const SET_FROM: usize = 8;
 const WALKS_FROM: usize = 2;
 /// … with one it does not, and a set does.
 const LOOKUPS_UP_TO: usize = 64;
+
+/// A row beyond this, in bytes, takes more than one copy in a set, and the ordered path one.
+const LARGE_ROW: usize = 16 << 20;
+/// One message holds less than a gigabyte, and a set of rows without a key is one message.
+const LARGE_SET: usize = 256 << 20;
 
 /// What is applied at once. Stages follow each other; the tables of one are independent.
 #[derive(Debug)]
@@ -165,6 +172,7 @@ fn close<'c>(tables: &mut Vec<Table<'c>>, stages: &mut Vec<Stage<'c>>) {
 struct Table<'c> {
     plan: &'c Arc<Plan>,
     all: Vec<&'c Change>,
+    bytes: usize,
     rows: Rows<'c>,
 }
 
@@ -199,11 +207,15 @@ impl<'c> Table<'c> {
             Finder::WholeRow => Rows::Alike(Looks::default()),
             Finder::Nothing => Rows::Inserted(Vec::new()),
         };
-        Self { plan, all: Vec::new(), rows }
+        Self { plan, all: Vec::new(), bytes: 0, rows }
     }
 
     fn add(&mut self, change: &'c Change) {
         self.all.push(change);
+        self.bytes += change.bytes();
+        if change.bytes() > LARGE_ROW || self.bytes > LARGE_SET {
+            self.rows = Rows::Ordered;
+        }
         let fits = match &mut self.rows {
             Rows::Ordered => return,
             Rows::Keyed(columns, rows) => add_keyed(rows, columns, &change.row),
@@ -222,7 +234,7 @@ impl<'c> Table<'c> {
     }
 
     fn group(self) -> Group<'c> {
-        let Self { plan, all, rows } = self;
+        let Self { plan, all, rows, .. } = self;
         let how = match rows {
             Rows::Ordered => How::Ordered(all),
             Rows::Alike(_) if all.len() < alike_from(plan) => How::Ordered(all),

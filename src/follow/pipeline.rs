@@ -228,7 +228,8 @@ impl Pipeline {
 
     /// Sends what is encoded, and reads the answers to the chunk before it.
     pub(super) async fn send(&mut self) -> Result<()> {
-        if self.encoded == 0 {
+        // The rows of a COPY are no statement: its statement may be out already, and its end not.
+        if self.encoded == 0 && self.wire.outbound().is_empty() {
             return Ok(());
         }
         frontend::flush(self.wire.outbound());

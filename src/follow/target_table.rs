@@ -35,7 +35,7 @@ pub(super) struct TargetColumn {
 pub(super) enum Many {
     /// As an array of the column's type, whose elements stand between such delimiters.
     Array { delimiter: u8 },
-    /// There are no arrays of an array's type: as an array of text, each cast to the type, which is the same as its input
+    /// There are no arrays of an array's type, and an array of a composite comes apart as a table: as an array of text, each cast to the type, which is the same as its input
     /// function where nobody made another cast.
     Text,
     /// Not at all.
@@ -51,9 +51,8 @@ pub(super) enum Many {
 const TARGET_TABLE: &str = r"
     SELECT c.relkind = 'p', a.attname::text, a.atttypid, tn.nspname::text, t.typname::text, a.atttypmod,
            a.attgenerated <> '', COALESCE(ix.primary_key, false), ix.operator,
-           CASE WHEN t.typarray <> 0 THEN t.typdelim::text
-                WHEN EXISTS (SELECT FROM pg_catalog.pg_cast x
-                             WHERE x.castsource = 'pg_catalog.text'::pg_catalog.regtype AND x.casttarget = t.oid) THEN 'never'
+           CASE WHEN t.typarray <> 0 AND t.typtype <> 'c' THEN t.typdelim::text
+                WHEN own_cast.is_there THEN 'never'
                 ELSE 'text' END,
            EXISTS (SELECT FROM pg_catalog.pg_trigger tg JOIN pg_catalog.pg_proc f ON f.oid = tg.tgfoid
                    WHERE (tg.tgrelid = c.oid OR tg.tgrelid IN (SELECT relid FROM pg_catalog.pg_partition_tree(c.oid)))
@@ -65,6 +64,7 @@ const TARGET_TABLE: &str = r"
                    JOIN pg_catalog.pg_opclass oc ON oc.oid = i.indclass[0]
                    JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
                    WHERE i.indrelid = c.oid AND i.indkey[0] = a.attnum AND i.indisvalid AND i.indpred IS NULL)
+           AND NOT own_cast.is_there
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     CROSS JOIN (SELECT CASE pg_catalog.current_setting('session_replication_role')
@@ -75,8 +75,11 @@ const TARGET_TABLE: &str = r"
             SELECT y.* FROM pg_catalog.pg_type y WHERE y.oid = a.atttypid
             UNION ALL
             SELECT y.* FROM chain JOIN pg_catalog.pg_type y ON y.oid = chain.typbasetype WHERE chain.typtype = 'd')
-        SELECT oid, typname, typnamespace, typarray, typdelim FROM chain WHERE typtype <> 'd') t ON true
+        SELECT oid, typname, typnamespace, typtype, typarray, typdelim FROM chain WHERE typtype <> 'd') t ON true
     LEFT JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
+    CROSS JOIN LATERAL (SELECT EXISTS (
+        SELECT FROM pg_catalog.pg_cast x
+        WHERE x.castsource = 'pg_catalog.text'::pg_catalog.regtype AND x.casttarget = t.oid AND x.castmethod <> 'b')) own_cast (is_there)
     LEFT JOIN LATERAL (
         SELECT i.indisprimary AND i.indimmediate AS primary_key,
                pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname) AS operator

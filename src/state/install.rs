@@ -143,9 +143,12 @@ CREATE TABLE IF NOT EXISTS pgtandem.ddl (
     PRIMARY KEY (move, lsn, ordinal)
 );
 
-ALTER TABLE pgtandem.ddl
-    ADD COLUMN IF NOT EXISTS text_digest text,
-    ADD COLUMN IF NOT EXISTS position    bigint;
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                   WHERE attrelid = 'pgtandem.ddl'::pg_catalog.regclass AND attname = 'position') THEN
+        ALTER TABLE pgtandem.ddl ADD COLUMN text_digest text, ADD COLUMN position bigint;
+    END IF;
+END $$;
 
 CREATE TABLE IF NOT EXISTS pgtandem.missing_row (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -1,6 +1,8 @@
 //! The record of schema changes that arrived from the source: what became of each.
 
 use super::Store;
+use sha2::{Digest, Sha256};
+
 use crate::error::{Doing, Result};
 use crate::postgres::{Lsn, quote_literal};
 
@@ -24,7 +26,8 @@ pub struct SchemaChange {
 /// What a text is known by in the state, as an expression: it may be long, and hold what is not to be shown.
 #[must_use]
 pub fn text_digest(text: &str) -> String {
-    format!("pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to({}, 'UTF8')), 'hex')", quote_literal(text))
+    let digest = Sha256::digest(text.as_bytes());
+    quote_literal(&digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
 }
 
 impl SchemaChange {

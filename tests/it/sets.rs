@@ -225,3 +225,53 @@ async fn partitioned_tables_that_refer_to_each_other_are_emptied() {
     assert_eq!(to.query_string("select count(*) from alone").await, "10", "a partition alone");
     ends(daemon).await;
 }
+
+/// The statement of the COPY is what fills a message, so that it goes out by itself, and its rows after it.
+#[tokio::test]
+async fn a_copy_whose_statement_fills_a_message_ends() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    let columns: Vec<String> = (0..60).map(|n| format!("{}{n:02} int", "c".repeat(60))).collect();
+    from.execute(&format!(
+        "create table before (id int primary key, v text); create table wide ({})",
+        columns.join(", ")
+    ))
+    .await;
+    let mut daemon = Pgtandem::new(&from, &to, "full").spawn(&["run"]);
+    following(&mut daemon, PATIENCE).await;
+
+    from.execute(
+        "begin; insert into before values (1, repeat('x', 63000)); insert into wide select i from generate_series(1, 10) i; commit",
+    )
+    .await;
+
+    arrives(&from, &to).await;
+    ends(daemon).await;
+}
+
+/// A CHECK may call a function that reads another table. Then the order of the tables counts.
+#[tokio::test]
+async fn a_check_that_reads_another_table_sees_the_order_of_the_source() {
+    let (source, target) = Cluster::pair().await;
+    let (from, to) = (source.create_database("app").await, target.create_database("app").await);
+    from.execute(
+        "create table parent (id int primary key);
+         create function is_there(wanted int) returns bool language sql as 'select exists (select from public.parent where id = wanted)';
+         create table child (id int primary key, parent int check (is_there(parent)));
+         insert into parent values (1)",
+    )
+    .await;
+    let mut daemon = Pgtandem::new(&from, &to, "checked").spawn(&["run"]);
+    following(&mut daemon, PATIENCE).await;
+
+    from.execute(
+        "begin; insert into child values (1, 1); insert into parent select i from generate_series(2, 20) i;
+         insert into child select i, i from generate_series(2, 20) i; commit;
+         begin; insert into child values (100, 1); insert into parent values (100); insert into child values (101, 100);
+         insert into parent select i from generate_series(101, 120) i; commit",
+    )
+    .await;
+
+    arrives(&from, &to).await;
+    ends(daemon).await;
+}

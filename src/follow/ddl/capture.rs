@@ -50,6 +50,11 @@ pub struct Capture {
     name: MoveName,
 }
 
+/// So long the removal waits for the table at a time, …
+const REMOVAL_PATIENCE: &str = "2s";
+/// … and so often.
+const REMOVAL_TRIES: u32 = 15;
+
 impl Capture {
     /// Of this move.
     #[must_use]
@@ -122,16 +127,34 @@ impl Capture {
         if !row.try_get::<_, bool>(0)? {
             return Ok(false);
         }
-        let table = self.table();
+        // First the triggers, by themselves: the table is locked by each transaction that changed the schema and is still open, and
+        // while we waited for it with the triggers in place, every other change of the schema would wait behind us.
+        let doing = || "removing the capture of schema changes from the source";
         source
             .batch_execute(&format!(
-                "SET client_min_messages = error; {}; {}; DROP TABLE {table}; RESET client_min_messages",
-                self.drop_triggers(),
-                self.drop_functions()
+                "SET client_min_messages = error; {}; RESET client_min_messages",
+                self.drop_triggers()
             ))
             .await
-            .doing(|| "removing the capture of schema changes from the source")?;
-        Ok(true)
+            .doing(doing)?;
+        let rest = format!(
+            "BEGIN; SET LOCAL client_min_messages = error; SET LOCAL lock_timeout = '{REMOVAL_PATIENCE}';
+             {}; DROP TABLE IF EXISTS {}; COMMIT",
+            self.drop_functions(),
+            self.table()
+        );
+        for _ in 1..REMOVAL_TRIES {
+            match source.batch_execute(&rest).await.map_err(Error::from) {
+                Err(error) if error.sqlstate() == Some("55P03") => {
+                    source.batch_execute("ROLLBACK").await.doing(doing)?;
+                    tracing::info!(
+                        "an open transaction of the source changed the schema: waiting for it to remove the capture"
+                    );
+                }
+                other => return other.map(|()| true).doing(doing),
+            }
+        }
+        source.batch_execute(&rest).await.map_err(Error::from).map(|()| true).doing(doing)
     }
 
     /// All but the table and the functions of today, under every name that it ever had.
@@ -147,6 +170,28 @@ impl Capture {
         let [role, capture, describe, publish] =
             ["role", "capture", "table", "publish"].map(|what| self.function(what));
         format!("DROP FUNCTION IF EXISTS {role}(), {capture}(), {describe}(oid, text), {publish}(oid[])")
+    }
+
+    /// What is in the table is run on the target, so nobody but its owner may write into it. Default privileges may have given that to
+    /// others, and pg_write_all_data gives it: row security without a policy takes it from all of them. A table that a
+    /// stranger made beforehand may have triggers of theirs, which would run with our rights.
+    fn own_table(&self) -> String {
+        let table = self.table();
+        let literal = quote_literal(&table.to_string());
+        let body = format!(
+            "DECLARE k pg_catalog.pg_class; BEGIN
+                SELECT * INTO k FROM pg_catalog.pg_class WHERE oid = {literal}::pg_catalog.regclass;
+                IF k.relowner <> (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = current_user) THEN
+                    RAISE insufficient_privilege USING MESSAGE = pg_catalog.format(
+                        'table %s belongs to the role %s, and what is written into it is run on the target', {literal}, k.relowner::pg_catalog.regrole),
+                        HINT = 'connect to the source as that role, or drop the table if it is not of this move';
+                END IF;
+                IF NOT k.relrowsecurity THEN
+                    ALTER TABLE {table} ENABLE ROW LEVEL SECURITY;
+                END IF;
+            END"
+        );
+        format!("DO {}", quote_literal(&body))
     }
 
     /// The functions keep their identity where they are there already: a statement of the application may be inside one of
@@ -172,15 +217,21 @@ impl Capture {
              SET LOCAL client_min_messages = error;
              CREATE SCHEMA IF NOT EXISTS pgtandem;
              CREATE TABLE IF NOT EXISTS {table} (event text NOT NULL);
+             {own_table};
              {drop};
              CREATE OR REPLACE FUNCTION {publish}(touched oid[]) RETURNS jsonb LANGUAGE plpgsql SECURITY DEFINER
                  SET search_path = pg_catalog, pg_temp SET lock_timeout = '{patience}' AS {publish_body};
              CREATE OR REPLACE FUNCTION {describe}(relation oid, tag text) RETURNS jsonb LANGUAGE plpgsql {PRINTING} AS {table_body};
              CREATE OR REPLACE FUNCTION {role}() RETURNS event_trigger LANGUAGE plpgsql AS {role_body};
              CREATE OR REPLACE FUNCTION {capture}() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER AS {capture_body};
+             {own_functions};
              REVOKE ALL ON FUNCTION {role}(), {capture}(), {describe}(oid, text), {publish}(oid[]) FROM PUBLIC;
              {triggers}
              COMMIT",
+            own_table = self.own_table(),
+            own_functions = [format!("{role}()"), format!("{capture}()"), format!("{describe}(oid, text)"), format!("{publish}(oid[])")]
+                .map(|function| format!("ALTER FUNCTION {function} OWNER TO CURRENT_USER"))
+                .join("; "),
             drop = self.drop_triggers(),
             patience = publishing::PATIENCE,
             publish_body = quote_literal(&publishing::body(&self.name, scope)),

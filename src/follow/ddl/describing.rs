@@ -175,7 +175,8 @@ BEGIN
                 END AS oid) t
             WHERE NOT c.in_extension AND c.schema_name IS DISTINCT FROM 'pgtandem'
               AND c.object_identity IS DISTINCT FROM 'pgtandem'
-              AND NOT COALESCE(c.schema_name = 'pg_temp' OR starts_with(c.object_identity, 'pg_temp'), false);
+              AND NOT COALESCE(c.schema_name = 'pg_temp' OR starts_with(c.object_identity, 'pg_temp'), false)
+              AND NOT EXISTS (SELECT FROM pg_class k WHERE k.oid = t.oid AND k.relpersistence = 't');
             -- Whose place in the publications may be another now. A partition that was detached, or a table in a schema that was renamed,
             -- is not among the objects: then all are looked at.
             whole := tg_tag IN ('ALTER SCHEMA', 'ALTER TYPE', 'ALTER EXTENSION')
@@ -221,7 +222,7 @@ BEGIN
                 END;
             END IF;
             event := jsonb_build_object(
-                'event', tg_event, 'tag', tg_tag, 'query', current_query(), 'context', context,
+                'event', tg_event, 'tag', tg_tag, 'query', COALESCE(current_query(), ''), 'context', context,
                 'session', pg_backend_pid() || ' ' || extract(epoch FROM statement_timestamp()),
                 'role', COALESCE(NULLIF(acting, ''), CASE current_setting('role') WHEN 'none' THEN session_user::text ELSE current_setting('role') END),
                 'path', path, 'settings', jsonb_build_object({settings}),
@@ -232,7 +233,7 @@ BEGIN
         END IF;
     EXCEPTION WHEN query_canceled OR OTHERS THEN
         BEGIN
-            event := jsonb_build_object('event', tg_event, 'tag', tg_tag, 'query', current_query(), 'failed', sqlerrm);
+            event := jsonb_build_object('event', tg_event, 'tag', tg_tag, 'query', COALESCE(current_query(), ''), 'failed', sqlerrm);
             INSERT INTO {table} VALUES (event::text) RETURNING ctid INTO place;
             DELETE FROM {table} WHERE ctid = place;
         EXCEPTION WHEN query_canceled OR OTHERS THEN

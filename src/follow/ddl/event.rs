@@ -16,6 +16,8 @@ pub(super) struct Event {
     event: String,
     /// The command tag.
     pub tag: String,
+    /// Nothing, for a background worker that does not say what it runs.
+    #[serde(default, deserialize_with = "text_or_nothing")]
     query: String,
     #[serde(default)]
     context: String,
@@ -39,6 +41,10 @@ pub(super) struct Event {
     pub identities: Option<Identities>,
     /// Why the capture could not describe the statement.
     pub failed: Option<String>,
+}
+
+fn text_or_nothing<'d, D: serde::Deserializer<'d>>(deserializer: D) -> Result<String, D::Error> {
+    Option::<String>::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 fn yes() -> bool {
@@ -150,9 +156,12 @@ impl Event {
         if secret { format!("{} (options hidden)", self.tag) } else { statement.chars().take(500).collect() }
     }
 
-    /// What the client sent, where no statement of it could be chosen.
+    /// Of what the client sent, the statements that it may be, where none of them could be chosen. Others beside them may hold what
+    /// is nobody's business.
     pub(super) fn shown_text(&self) -> String {
-        self.shown(&self.query)
+        let fits = |statement: &&str| statement::has_tag(statement, &self.tag);
+        let statements: Vec<&str> = statement::split(&self.query).into_iter().filter(fits).collect();
+        if statements.is_empty() { self.tag.clone() } else { self.shown(&statements.join("; ")) }
     }
 
     /// Decides what is to be done.
@@ -168,8 +177,13 @@ impl Event {
             let (schema, name, reason) = rewrite.ok_or("the source does not say which table is rewritten")?;
             return Ok(Deed::Rewrite(QualifiedName::new(schema, name), reason));
         }
-        if matches!(self.tag.as_str(), "REINDEX" | "CLUSTER") || self.is_out_of(scope) {
+        // Materialized views are filled when the first copy is complete, and again at the cutover.
+        if matches!(self.tag.as_str(), "REINDEX" | "CLUSTER" | "REFRESH MATERIALIZED VIEW") || self.is_out_of(scope) {
             return Ok(Deed::Nothing);
+        }
+        // Without one it would be made as whoever applies, who may do more.
+        if self.role.is_none() {
+            return Err("the source does not say who made it".into());
         }
         if matches!(self.tag.as_str(), "CREATE TABLE AS" | "SELECT INTO") {
             let table = self.objects.iter().find_map(|object| object.table.as_ref());
@@ -274,7 +288,7 @@ mod tests {
 
     fn event(tag: &str, query: &str, identity: &str) -> Event {
         let event = json!({
-            "event": "ddl_command_end", "tag": tag, "query": query, "session": "1 2",
+            "event": "ddl_command_end", "tag": tag, "query": query, "session": "1 2", "role": "app",
             "context": "PL/pgSQL function pgtandem.capture_app() line 1 at GET DIAGNOSTICS",
             "objects": [{"type": "table", "schema": "public", "identity": identity, "table": null}],
         });

@@ -36,8 +36,17 @@ impl Applier {
     pub(in crate::follow) async fn schema_change(&mut self, text: &[u8]) -> Result<()> {
         let at = self.transaction.ok_or_else(|| Error::bug("a schema change outside a transaction"))?;
         self.schema.ordinal += 1;
-        let event =
-            Event::read(text).map_err(|why| Error::bug(format!("a captured schema change cannot be read: {why}")))?;
+        let event = match Event::read(text) {
+            Ok(event) => event,
+            Err(_) if self.is_to_be_skipped(at).await? => return Ok(()),
+            Err(why) => {
+                let ordinal = self.schema.ordinal;
+                let (tag, statement, role) = ("unknown".to_owned(), "not known".to_owned(), String::new());
+                let change = SchemaChange { lsn: at.commit_lsn, ordinal, tag, statement, role, chosen: None };
+                let message = format!("what the source captured cannot be read: {why}");
+                return Err(self.refused(at, change, Error::new(Class::Operator, "ddl_refused", message)).await);
+            }
+        };
         if self.settings.ddl == Ddl::Stop {
             let change = self.describe(at, &event, &event.shown_text());
             let why = "follow.ddl is \"stop\"";

@@ -243,10 +243,10 @@ impl<'t> Cursor<'t> {
     fn skip_blank(&mut self) {
         loop {
             let rest = self.rest();
-            let trimmed = rest.trim_start();
+            let trimmed = rest.trim_start_matches([' ', '\t', '\n', '\r', '\x0b', '\x0c']);
             self.at += rest.len() - trimmed.len();
             if trimmed.starts_with("--") {
-                self.at += trimmed.find('\n').unwrap_or(trimmed.len());
+                self.at += trimmed.find(['\n', '\r']).unwrap_or(trimmed.len());
             } else if trimmed.starts_with("/*") {
                 self.at += comment(trimmed);
             } else {
@@ -276,7 +276,8 @@ fn quoted(text: &str, quote: char, backslashes: bool) -> usize {
 fn dollar_tag(text: &str) -> Option<&str> {
     let end = text[1..].find('$')? + 2;
     let tag = &text[1..end - 1];
-    let fits = tag.chars().all(|c| c.is_alphanumeric() || c == '_') && !tag.starts_with(|c: char| c.is_ascii_digit());
+    let fits = tag.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || !c.is_ascii())
+        && !tag.starts_with(|c: char| c.is_ascii_digit());
     fits.then(|| &text[..end])
 }
 

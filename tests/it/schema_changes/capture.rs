@@ -216,7 +216,7 @@ async fn a_statement_succeeds_where_the_capture_may_not_set_its_language() {
     sides
         .from
         .execute(
-            "set application_name = 'pgtandem by hand'; grant usage, create on schema pgtandem to owner_of_capture; grant all on pgtandem.ddl_app to owner_of_capture;
+            "set application_name = 'pgtandem by hand'; grant usage, create on schema pgtandem to owner_of_capture; alter table pgtandem.ddl_app owner to owner_of_capture;
              grant execute on all functions in schema pgtandem to owner_of_capture;
              alter function pgtandem.capture_app() owner to owner_of_capture;
              alter role postgres set lc_messages = 'C.UTF-8'",
@@ -228,7 +228,7 @@ async fn a_statement_succeeds_where_the_capture_may_not_set_its_language() {
     sides
         .from
         .execute(
-            "set application_name = 'pgtandem by hand'; alter function pgtandem.capture_app() owner to current_user",
+            "set application_name = 'pgtandem by hand'; alter function pgtandem.capture_app() owner to current_user; alter table pgtandem.ddl_app owner to current_user",
         )
         .await;
     sides.arrives_whole(daemon).await;
@@ -309,4 +309,46 @@ async fn a_foreign_key_that_is_dropped_during_the_first_copy_stays_dropped() {
     assert_eq!(sides.to.query_string(keys).await, "kept");
     sides.arrives_whole(daemon).await;
     same_catalog(&sides).await;
+}
+
+/// What stands in the capture's table is run on the target: whoever may write into every table may not write into this one.
+#[tokio::test]
+async fn nobody_else_writes_into_the_table_of_the_capture() {
+    let sides = Sides::with(
+        "create table t (id int primary key); create role nosy login;
+         alter default privileges grant all on tables to nosy, public; create schema pgtandem; grant usage on schema pgtandem to public",
+    )
+    .await;
+    let daemon = sides.follow().await;
+    let forged = r#"{"event":"ddl_command_end","tag":"CREATE TABLE","query":"create table forged ()"}"#;
+    let table = sides.from.query_string("select format('%I.%I', schemaname, tablename) from pg_tables where tablename like 'ddl%' and schemaname = 'pgtandem'").await;
+    let client = sides.from.connect().await;
+    client.batch_execute("set role nosy").await.unwrap();
+    let refused = client.batch_execute(&format!("insert into {table} values ('{forged}')")).await.unwrap_err();
+    assert_eq!(refused.code().map(|code| code.code()), Some("42501"), "{refused:?}");
+    sides.from.execute("create table carried (id int primary key)").await;
+    wait_until("the capture itself still writes", PATIENCE, async || {
+        sides.to.query_string("select to_regclass('carried') is not null").await == "t"
+    })
+    .await;
+    sides.arrives_whole(daemon).await;
+}
+
+/// Until the first catchup ends the target's materialized views are empty, and cannot be refreshed beside their readers.
+#[tokio::test]
+async fn a_refresh_of_a_materialized_view_is_left_to_the_cutover() {
+    let sides = Sides::with(
+        "create table t (id int primary key); create materialized view seen as select * from t; create unique index on seen (id)",
+    )
+    .await;
+    let daemon = sides.follow().await;
+    sides.from.execute("create temp table t2 (id int); create rule nothing as on insert to t2 do instead nothing; insert into t values (1); refresh materialized view concurrently seen").await;
+    sides.from.execute("refresh materialized view seen; create table behind (id int primary key)").await;
+    wait_until("what came behind it is there", PATIENCE, async || {
+        sides.to.query_string("select to_regclass('behind') is not null").await == "t"
+    })
+    .await;
+    assert_eq!(sides.to.query_string("select count(*) from pgtandem.ddl where state = 'refused'").await, "0");
+    assert_eq!(sides.to.query_string("select count(*) from pgtandem.ddl where tag like 'REFRESH%'").await, "0");
+    sides.arrives_whole(daemon).await;
 }
