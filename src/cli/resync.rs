@@ -41,7 +41,8 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
         writeln!(std::io::stdout(), "{}: no daemon runs, the next one copies them again", list(&tables))?;
         return Ok(());
     }
-    if record.phase != Phase::Follow {
+    // A daemon that waits for a person takes the request between two tries; what it waits for stands in the state.
+    if record.phase != Phase::Follow && record.error.is_none() {
         return Err(no("not_following", format!("the move is in phase {}, not following", record.phase))
             .hint("`pgtandem status --watch` shows when it follows; then ask again"));
     }

@@ -121,6 +121,18 @@ impl Store {
     /// # Errors
     /// The connection's.
     pub async fn take_request(&self, epoch: i64) -> Result<Option<Request>> {
+        self.take(epoch, None).await
+    }
+
+    /// The same, of one kind alone; others stay where they are.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn take_request_for(&self, epoch: i64, kind: RequestKind) -> Result<Option<Request>> {
+        self.take(epoch, Some(kind)).await
+    }
+
+    async fn take(&self, epoch: i64, kind: Option<RequestKind>) -> Result<Option<Request>> {
         self.refuse_unknown_requests().await?;
         let session = self.session().await?;
         let client = session.get()?;
@@ -135,11 +147,12 @@ impl Store {
             .query_opt(
                 &format!(
                     "UPDATE pgtandem.request SET state = 'running' WHERE id = (
-                         SELECT id FROM pgtandem.request WHERE move = $1 AND state = 'waiting' ORDER BY id LIMIT 1)
+                         SELECT id FROM pgtandem.request
+                         WHERE move = $1 AND state = 'waiting' AND kind = COALESCE($3, kind) ORDER BY id LIMIT 1)
                      AND {} RETURNING {COLUMNS}",
                     leads("$1", "$2")
                 ),
-                &[&self.name.as_str(), &epoch],
+                &[&self.name.as_str(), &epoch, &kind.map(RequestKind::as_str)],
             )
             .await
             .doing(|| "taking a request")?;

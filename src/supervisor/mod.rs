@@ -21,7 +21,7 @@ use crate::error::{Class, Error, Result};
 use crate::follow::{Durable, Gate, MarkerWatch, watching};
 use crate::postgres::{Server, Side};
 use crate::preflight;
-use crate::state::{Leadership, MoveRecord, Phase, Store};
+use crate::state::{Leadership, MoveRecord, Phase, RequestKind, Store};
 use crate::telemetry::Recorded;
 use crate::telemetry::progress::{self, Terminal};
 use crate::telemetry::{Telemetry, http, sampler};
@@ -32,6 +32,8 @@ const STANDBY_EVERY: Duration = Duration::from_secs(1);
 /// The first wait after an error; each one doubles, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// How often a daemon that waits for a person looks whether it was asked for something.
+const LOOK_FOR_REQUESTS_EVERY: Duration = Duration::from_millis(500);
 
 /// When to stop by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,7 +183,15 @@ impl Supervisor<'_> {
             if watching::is_schema_change(&error) {
                 self.telemetry.phase(Phase::Paused);
             }
-            if self.stop.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+            // What waits for a person may wait for just that: a table that is to be copied again.
+            let rest = async {
+                if error.class() == Class::Wait {
+                    self.listen_for_resync(wait, epoch).await;
+                } else {
+                    tokio::time::sleep(wait).await;
+                }
+            };
+            if self.stop.run_until_cancelled(rest).await.is_none() {
                 return Ok(());
             }
             wait = (wait * 2).min(LONGEST_WAIT);
@@ -189,6 +199,31 @@ impl Supervisor<'_> {
             // daemon runs.
             held = Some(leadership);
         }
+    }
+
+    /// Lets the time pass until the next try, or until somebody asked to copy tables again.
+    async fn listen_for_resync(&self, wait: Duration, epoch: i64) {
+        let until = std::time::Instant::now() + wait;
+        loop {
+            match self.take_resync(epoch).await {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => tracing::debug!(%error, "requests cannot be taken"),
+            }
+            let left = until.saturating_duration_since(std::time::Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left.min(LOOK_FOR_REQUESTS_EVERY)).await;
+        }
+    }
+
+    async fn take_resync(&self, epoch: i64) -> Result<bool> {
+        let Some(request) = self.store.take_request_for(epoch, RequestKind::Resync).await? else { return Ok(false) };
+        // Whoever asked takes an error in the state for one that came after.
+        self.store.set_error(None).await?;
+        steer::mark_for_copying(&self.store, epoch, &request).await?;
+        Ok(true)
     }
 
     /// The lead for another try: that of the last one, if it still stands.

@@ -14,7 +14,7 @@ use crate::follow::lookout;
 use crate::follow::subscription::health::Health;
 use crate::leftover::identity;
 use crate::postgres::{QualifiedName, Session};
-use crate::state::{Phase, Request, RequestKind};
+use crate::state::{Phase, Request, RequestKind, Store};
 
 /// How often it looks for requests and readiness, beside what NOTIFY says.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -204,11 +204,7 @@ impl<'a> Steering<'a> {
                 Ok(None)
             }
             RequestKind::Resync => {
-                let tables = named_tables(&request.arguments);
-                let names: Vec<String> = tables.iter().map(QualifiedName::plain).collect();
-                tracing::info!(tables = names.join(", "), "asked to copy tables again");
-                s.store.copy_again(self.epoch, &tables).await?;
-                s.store.answer(request.id, true, &serde_json::json!({"tables": names})).await?;
+                mark_for_copying(&s.store, self.epoch, request).await?;
                 Ok(Some(Decision::CopyAgain))
             }
         }
@@ -271,6 +267,15 @@ impl<'a> Steering<'a> {
             }
         }
     }
+}
+
+/// Writes down the tables that the request names, to be copied again, and answers it.
+pub(super) async fn mark_for_copying(store: &Store, epoch: i64, request: &Request) -> Result<()> {
+    let tables = named_tables(&request.arguments);
+    let names: Vec<String> = tables.iter().map(QualifiedName::plain).collect();
+    tracing::info!(tables = names.join(", "), "asked to copy tables again");
+    store.copy_again(epoch, &tables).await?;
+    store.answer(request.id, true, &serde_json::json!({"tables": names})).await
 }
 
 /// `{"tables": [["schema", "name"], …]}`
