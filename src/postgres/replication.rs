@@ -171,8 +171,9 @@ impl ReplicationStream {
         let mut read = self.wire.fill().await?;
         while read < most {
             match self.wire.fill().now_or_never() {
-                Some(more) => read += more?,
-                None => break,
+                Some(Ok(more)) => read += more,
+                // The end of the connection is met again by the next read; what was read before it may hold the server's last word.
+                Some(Err(_)) | None => break,
             }
         }
         Ok(read)
