@@ -193,7 +193,7 @@ impl Executor {
                 ),
             ));
         }
-        if self.pipeline.has_missing() {
+        if self.pipeline.missing() > 0 {
             self.missing_rows().await?;
         }
         Ok(())

@@ -74,9 +74,7 @@ impl Set {
 pub(super) struct Pipeline {
     wire: Wire,
     pending: VecDeque<Purpose>,
-    /// How many of the pending statements belong to the chunk that was sent last.
-    last_chunk: usize,
-    /// How many were encoded since.
+    /// How many of the pending statements were encoded since the last chunk was sent.
     encoded: usize,
     prepared: HashMap<StatementKey, u32>,
     next_statement: u32,
@@ -105,7 +103,6 @@ impl Pipeline {
         Self {
             wire,
             pending: VecDeque::new(),
-            last_chunk: 0,
             encoded: 0,
             prepared: HashMap::new(),
             next_statement: 0,
@@ -212,7 +209,7 @@ impl Pipeline {
         self.wire.flush().await?;
         while self.wire.frame().await?.tag != backend::READY_FOR_QUERY_TAG {}
         self.pending.clear();
-        (self.encoded, self.last_chunk) = (0, 0);
+        self.encoded = 0;
         Ok(())
     }
 
@@ -235,7 +232,7 @@ impl Pipeline {
         frontend::flush(self.wire.outbound());
         self.wire.flush().await?;
         let before = self.pending.len() - self.encoded;
-        self.last_chunk = std::mem::take(&mut self.encoded);
+        self.encoded = 0;
         self.answers(before).await
     }
 
@@ -297,11 +294,6 @@ impl Pipeline {
     pub(super) fn forget_missing(&mut self, beyond: usize) {
         self.missing.truncate(beyond);
         self.mismatch = None;
-    }
-
-    /// Whether a row was not found.
-    pub(super) fn has_missing(&self) -> bool {
-        !self.missing.is_empty()
     }
 
     /// How many rows the last of our own statements touched.

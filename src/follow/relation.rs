@@ -42,7 +42,7 @@ pub(super) struct Plan {
     pub sets: SetsTried,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct PlannedColumn {
     /// Quoted.
     pub name: String,
@@ -52,7 +52,7 @@ pub(super) struct PlannedColumn {
     /// The type that a parameter is read as before it is compared: beside a composite, a bare one would be an anonymous
     /// record, which has no input.
     pub type_name: QualifiedName,
-    /// An index begins with it.
+    /// See [`super::target_table::TargetColumn::leads`].
     pub leads: bool,
     pub many: Many,
 }
@@ -247,7 +247,7 @@ impl Plan {
                         column.name
                     ));
                     // What looks the same is equal, and by that an index finds the rows to look at.
-                    if column.leads && column.many != Many::Never && by_index.is_none() {
+                    if column.leads && by_index.is_none() {
                         let value = format!("{parameter}::text::{}", column.type_name);
                         by_index = Some(format!("{} {} {value}", column.name, column.equality));
                     }

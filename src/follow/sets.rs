@@ -18,6 +18,9 @@ use crate::postgres::pgoutput::{Tuple, Value};
 /// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small.
 const STATEMENT: usize = 4 << 20;
 
+/// Between the elements of an array of text.
+const TEXT_DELIMITER: u8 = b',';
+
 impl Pipeline {
     /// Encodes what the changes of a table come to, for rows that are found by their key.
     pub(super) async fn keyed(&mut self, plan: &Arc<Plan>, net: &Keyed<'_>) -> Result<()> {
@@ -26,7 +29,8 @@ impl Pipeline {
         };
         let mut deletes = net.deletes.iter();
         while deletes.len() > 0 {
-            let mut parameters = Parameters::new(key.iter().filter_map(|&at| plan.columns.get(at)));
+            let mut parameters =
+                Parameters::new(key.iter().filter_map(|&at| plan.columns.get(at)).map(PlannedColumn::delimiter));
             for row in deletes.by_ref() {
                 parameters.row(row.parts().iter().copied().map(Some));
                 if parameters.bytes >= STATEMENT {
@@ -38,7 +42,9 @@ impl Pipeline {
         for Updates { set, rows } in &net.updates {
             let mut rows = rows.iter();
             while rows.len() > 0 {
-                let mut parameters = Parameters::new(key.iter().chain(set).filter_map(|&at| plan.columns.get(at)));
+                let mut parameters = Parameters::new(
+                    key.iter().chain(set).filter_map(|&at| plan.columns.get(at)).map(PlannedColumn::delimiter),
+                );
                 for (key, row) in rows.by_ref() {
                     let values: Vec<Value<'_>> = row.values().collect();
                     let mut written = Vec::with_capacity(set.len());
@@ -59,10 +65,10 @@ impl Pipeline {
     /// The same for rows that are found by their look. One statement takes all of them: numbering those that look the same,
     /// it must see them all.
     pub(super) async fn alike(&mut self, plan: &Arc<Plan>, net: &Alike<'_>) -> Result<()> {
-        let looks = || plan.columns.iter().map(|column| PlannedColumn { many: Many::Text, ..column.clone() });
+        // Old rows travel as text, whatever their columns are.
+        let looks = || plan.columns.iter().map(|_| TEXT_DELIMITER);
         if !net.deletes.is_empty() {
-            let columns: Vec<_> = looks().collect();
-            let mut parameters = Parameters::new(columns.iter());
+            let mut parameters = Parameters::new(looks());
             for old in &net.deletes {
                 let row = old.values().map(|value| text(value, plan)).collect::<Result<Vec<_>>>()?;
                 parameters.row(row.into_iter());
@@ -70,10 +76,10 @@ impl Pipeline {
             self.set(plan, Set::DeleteAlike, Vec::new(), parameters, || plan.delete_alike()).await?;
         }
         if !net.updates.is_empty() {
-            let columns: Vec<_> = looks().chain(plan.columns.iter().filter(|column| column.written).cloned()).collect();
-            let mut parameters = Parameters::new(columns.iter());
+            let written = plan.columns.iter().filter(|column| column.written);
+            let mut parameters = Parameters::new(looks().chain(written.map(PlannedColumn::delimiter)));
             for (old, new) in &net.updates {
-                let mut row = Vec::with_capacity(columns.len());
+                let mut row = Vec::with_capacity(2 * plan.columns.len());
                 for value in old.values() {
                     row.push(text(value, plan)?);
                 }
@@ -125,13 +131,9 @@ struct Parameters {
 }
 
 impl Parameters {
-    fn new<'p>(columns: impl Iterator<Item = &'p PlannedColumn>) -> Self {
-        let delimiters: Vec<u8> = columns
-            .map(|column| match column.many {
-                Many::Array { delimiter } => delimiter,
-                Many::Text | Many::Never => b',',
-            })
-            .collect();
+    /// One delimiter for each column.
+    fn new(delimiters: impl Iterator<Item = u8>) -> Self {
+        let delimiters: Vec<u8> = delimiters.collect();
         Self { arrays: vec![BytesMut::from(&b"{"[..]); delimiters.len()], delimiters, rows: 0, bytes: 0 }
     }
 
@@ -207,6 +209,14 @@ fn field(line: &mut BytesMut, value: &[u8]) {
 }
 
 impl PlannedColumn {
+    /// What stands between the elements of its array.
+    fn delimiter(&self) -> u8 {
+        match self.many {
+            Many::Array { delimiter } => delimiter,
+            Many::Text | Many::Never => TEXT_DELIMITER,
+        }
+    }
+
     /// The array as a parameter of this number.
     fn array(&self, number: usize) -> String {
         match self.many {

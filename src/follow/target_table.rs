@@ -25,7 +25,7 @@ pub(super) struct TargetColumn {
     pub primary_key: bool,
     /// The equality of the index that finds rows by this column, as `OPERATOR(schema.=)`.
     pub equality: Option<String>,
-    /// An index begins with it.
+    /// An index begins with it, and a value that is cast from text is the one that the input function reads.
     pub leads: bool,
     pub many: Many,
 }
