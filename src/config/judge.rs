@@ -23,7 +23,6 @@ struct NotYet {
 
 /// Refused by name, so that nothing is silently left out. Whoever builds one of them deletes its line.
 const NOT_YET: &[NotYet] = &[
-    NotYet { key: "follow.workers", applies: |value| matches!(value, Value::Number(2..=16)), instead: "use 1" },
     NotYet { key: "cutover.fence", applies: |value| is_text(value, "read-only"), instead: "use \"lock\" or \"none\"" },
     NotYet {
         key: "cutover.pgbouncer",

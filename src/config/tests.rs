@@ -131,9 +131,8 @@ fn a_value_out_of_range_names_key_value_place_and_range() {
 
 #[test]
 fn what_is_not_built_yet_is_refused_by_name() {
-    let said =
-        problem("[follow]\nworkers = 2\n[cutover]\nfence = 'read-only'\npgbouncer = 'host=p user=u password=sEcr3t'");
-    for key in ["follow.workers", "cutover.fence", "cutover.pgbouncer"] {
+    let said = problem("[cutover]\nfence = 'read-only'\npgbouncer = 'host=p user=u password=sEcr3t'");
+    for key in ["cutover.fence", "cutover.pgbouncer"] {
         assert!(said.contains(key), "{key}: {said}");
     }
     assert!(!said.contains("sEcr3t"));

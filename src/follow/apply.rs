@@ -37,11 +37,12 @@ use tokio_util::sync::CancellationToken;
 use super::change::{Change, Position, Row};
 use super::ddl::{Moved, SchemaChanges};
 use super::executor::{End, Work};
-use super::lane::Lane;
+use super::lanes::Lanes;
 use super::pipeline::Pipeline;
 use super::queue::Receiver;
 use super::reader::Delivery;
 use super::relation::{Plan, mending, type_names_query};
+use super::shares::Ahead;
 use super::target_table::{TargetTable, target_table, target_table_query};
 use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::error::{Class, Doing, Error, Result};
@@ -57,7 +58,9 @@ const DURABLE_EVERY: Duration = Duration::from_millis(500);
 /// See the module's first lines.
 pub(super) struct Applier {
     pub settings: Settings,
-    pub lane: Lane,
+    pub lane: Lanes,
+    /// What is on the target already beyond progress, until progress has passed it.
+    pub ahead: Option<Ahead>,
     /// To say what became of a schema change whose batch is given up.
     pub store: Store,
     pub schema: SchemaChanges,
@@ -240,7 +243,7 @@ impl Applier {
         let Some(whole) = batch.whole.take() else {
             let changes = std::mem::take(&mut batch.changes);
             self.batch = Some(Batch { begun: true, bytes: 0, ..batch });
-            return self.lane.start(Work { changes, end: None });
+            return self.lane.start(Work { changes, ..Work::default() });
         };
         let rest = batch.changes.split_off(whole.changes);
         if self.transaction.is_some() {
@@ -252,7 +255,18 @@ impl Applier {
             || self.queue.is_empty()
             || self.schema.end_the_batch()
             || self.durable_at.elapsed() >= DURABLE_EVERY;
-        self.lane.start(Work { changes: batch.changes, end: Some(end) })
+        let begun = batch.begun;
+        let work = Work { changes: batch.changes, end: Some(end), division: None };
+        if begun || !self.may_divide() { self.lane.start(work) } else { self.lane.start_divided(work) }
+    }
+
+    /// Whether workers may share a batch that begins at progress. Where one went wrong before, the first worker goes on alone; and
+    /// while some are ahead of progress, no others may come to be so, further ahead.
+    fn may_divide(&mut self) -> bool {
+        if self.ahead.as_ref().is_some_and(|ahead| ahead.until <= self.written()) {
+            self.ahead = None;
+        }
+        self.ahead.is_none() && self.settings.one_by_one == Lsn::ZERO
     }
 
     /// Brings the target to where the stream stands, inside the open source transaction.
@@ -471,10 +485,13 @@ impl Applier {
     }
 
     fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
+        let is_there = self.ahead.as_ref().is_some_and(|ahead| ahead.has(&change));
         let batch = self.batch.get_or_insert_with(Batch::new);
-        batch.bytes += change.bytes() as u64;
-        batch.changes.push(change);
         count(&mut batch.applied);
+        if !is_there {
+            batch.bytes += change.bytes() as u64;
+            batch.changes.push(change);
+        }
     }
 
     /// Nothing happened on the source that concerns us, but its log went on: say so durably, then confirm.
@@ -502,7 +519,7 @@ impl Applier {
 
     fn write_progress(&mut self, lsn: Lsn) -> Result<()> {
         let end = End { lsn, commit_micros: None, marker: None, applied: BatchApplied::default(), durable: true };
-        self.lane.start(Work { changes: Vec::new(), end: Some(end) })
+        self.lane.start(Work { end: Some(end), ..Work::default() })
     }
 }
 

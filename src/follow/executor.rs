@@ -12,13 +12,19 @@ use super::change::Change;
 use super::net::{Group, How, Stage, stages};
 use super::pipeline::{Mismatch, Pipeline, Purpose, StatementKey};
 use super::relation::Plan;
+use super::shares::Division;
 use crate::config::{MissingRow, MoveName};
 use crate::error::{Class, Error, Result};
 use crate::postgres::{Lsn, quote_literal};
+use crate::state::split_json;
 use crate::telemetry::{BatchApplied, Telemetry};
 
 /// So many tables are tried to be taken out of the sets, one after the other, before all of them are.
 const TRIES: usize = 3;
+
+/// No worker can wait for another one, see [`super::lanes`]. Were it to happen all the same, neither would ever know; so a share that has waited for so
+/// long is given up.
+const WAIT_LITTLE: &str = "SET LOCAL lock_timeout = '20s'";
 
 const SAVEPOINT: &str = "SAVEPOINT pgtandem_sets";
 const RELEASE: &str = "RELEASE SAVEPOINT pgtandem_sets";
@@ -31,6 +37,8 @@ pub(super) struct Executor {
     pub epoch: i64,
     pub missing_row: MissingRow,
     pub telemetry: Telemetry,
+    /// Which worker this is. The first, 0, commits with the progress of the move; the others with their own.
+    pub worker: u16,
     /// When the open target transaction began.
     pub open: Option<Instant>,
 }
@@ -40,6 +48,8 @@ pub(super) struct Executor {
 pub(super) struct Work {
     pub changes: Vec<Change>,
     pub end: Option<End>,
+    /// How the batch is divided of which the changes are one worker's share.
+    pub division: Option<Arc<Division>>,
 }
 
 /// The end of a batch.
@@ -59,15 +69,34 @@ impl Executor {
     /// Runs the work; the end that is durable now, if it had one.
     pub(super) async fn run(&mut self, work: &Work) -> Result<Option<End>> {
         self.begin().await?;
+        if work.division.is_some() && work.end.is_none() {
+            self.own(WAIT_LITTLE).await?;
+        }
         self.apply(&work.changes).await?;
-        let Some(mut end) = work.end else { return Ok(None) };
+        let Some(mut end) = work.end else {
+            match work.division {
+                None => self.pipeline.send().await?,
+                Some(_) => self.complete().await?,
+            }
+            return Ok(None);
+        };
         if !end.durable {
             self.own("SET LOCAL synchronous_commit = off").await?;
         }
-        self.advance(&end).await?;
+        self.advance(&end, work.division.as_deref()).await?;
         self.pipeline.commit().await?;
         end.applied.duration = self.open.take().map(|begun| begun.elapsed()).unwrap_or_default();
         Ok(Some(end))
+    }
+
+    /// Reads every answer: afterwards nothing but the commit can fail.
+    async fn complete(&mut self) -> Result<()> {
+        self.pipeline.settle().await?;
+        if self.pipeline.missing() > 0 {
+            self.missing_rows().await?;
+            self.pipeline.settle().await?;
+        }
+        Ok(())
     }
 
     /// Opens the target transaction, if none is open.
@@ -169,19 +198,11 @@ impl Executor {
     }
 
     /// Writes progress as the last statement of the batch, after all others were answered.
-    async fn advance(&mut self, end: &End) -> Result<()> {
-        let values = [
-            self.move_name.as_str().to_owned(),
-            self.epoch.to_string(),
-            end.lsn.to_string(),
-            end.commit_micros.map(|micros| micros.to_string()).unwrap_or_default(),
-            end.applied.transactions.to_string(),
-            end.applied.changes().to_string(),
-        ];
-        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
-        self.pipeline
-            .execute(StatementKey::Own("progress"), || PROGRESS.to_owned(), values, Purpose::Own("progress"))
-            .await?;
+    async fn advance(&mut self, end: &End, division: Option<&Division>) -> Result<()> {
+        match division.filter(|_| self.worker > 0) {
+            Some(division) => self.advance_worker(end, division).await?,
+            None => self.advance_move(end).await?,
+        }
         self.pipeline.settle().await?;
         if self.pipeline.own_count() != 1 {
             return Err(Error::new(
@@ -193,10 +214,35 @@ impl Executor {
                 ),
             ));
         }
-        if self.pipeline.missing() > 0 {
-            self.missing_rows().await?;
-        }
-        Ok(())
+        self.complete().await
+    }
+
+    async fn advance_move(&mut self, end: &End) -> Result<()> {
+        let values = [
+            self.move_name.as_str().to_owned(),
+            self.epoch.to_string(),
+            end.lsn.to_string(),
+            end.commit_micros.map(|micros| micros.to_string()).unwrap_or_default(),
+            end.applied.transactions.to_string(),
+            end.applied.changes().to_string(),
+        ];
+        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
+        let key = StatementKey::Own("progress");
+        self.pipeline.execute(key, || PROGRESS.to_owned(), values, Purpose::Own("progress")).await
+    }
+
+    async fn advance_worker(&mut self, end: &End, division: &Division) -> Result<()> {
+        let values = [
+            self.move_name.as_str().to_owned(),
+            self.epoch.to_string(),
+            end.lsn.to_string(),
+            self.worker.to_string(),
+            division.workers.to_string(),
+            split_json(&division.split),
+        ];
+        let values = values.iter().map(|value| Some(value.as_bytes()));
+        let key = StatementKey::Own("worker's progress");
+        self.pipeline.execute(key, || WORKER_PROGRESS.to_owned(), values, Purpose::Own("worker's progress")).await
     }
 
     async fn missing_rows(&mut self) -> Result<()> {
@@ -266,3 +312,14 @@ const PROGRESS: &str = "\
         transactions = transactions + $5::int8,
         changes = changes + $6::int8
     WHERE move = $1 AND epoch = $2::int8 AND lsn <= $3::pg_lsn";
+
+/// `$1` move, `$2` epoch, `$3` LSN, `$4` worker, `$5` among how many, `$6` the tables that are split.
+///
+/// The lock keeps a successor from raising the epoch, and from reading how far the workers are, until this is committed or not.
+const WORKER_PROGRESS: &str = "\
+    WITH led AS MATERIALIZED (
+        SELECT FROM pgtandem.progress WHERE move = $1 AND epoch = $2::int8 AND lsn <= $3::pg_lsn FOR SHARE)
+    INSERT INTO pgtandem.worker_progress (move, worker, workers, lsn, split)
+    SELECT $1, $4::int4, $5::int4, $3::pg_lsn, $6::jsonb FROM led
+    ON CONFLICT (move, worker) DO UPDATE
+        SET workers = excluded.workers, lsn = excluded.lsn, split = excluded.split";

@@ -1,7 +1,8 @@
 //! The way of work to the target: one piece is run while the next one is collected.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use super::executor::{End, Executor, Work};
 use crate::error::{Error, Result};
@@ -43,12 +44,17 @@ impl Lane {
     /// # Errors
     /// Those of the work. The connection then is good for nothing any more.
     pub(super) async fn finished(&mut self) -> Result<Option<End>> {
-        let Some(running) = &mut self.running else { return std::future::pending().await };
-        let (executor, outcome) = running.await;
+        poll_fn(|context| self.poll_finished(context)).await
+    }
+
+    /// The same for whoever waits for several.
+    pub(super) fn poll_finished(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<End>>> {
+        let Some(running) = &mut self.running else { return Poll::Pending };
+        let (executor, outcome) = ready!(running.as_mut().poll(context));
         self.running = None;
         let end = outcome?;
         self.idle = Some(executor);
-        Ok(end)
+        Poll::Ready(Ok(end))
     }
 
     /// The executor, which must be free.

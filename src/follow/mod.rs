@@ -15,6 +15,7 @@ pub mod ddl;
 mod executor;
 mod gate;
 mod lane;
+mod lanes;
 pub mod lookout;
 mod marker;
 mod net;
@@ -26,6 +27,7 @@ mod relation;
 mod rhythm;
 mod row;
 mod sets;
+mod shares;
 mod slot;
 pub mod subscription;
 mod target_table;
@@ -47,7 +49,7 @@ use self::slot::Slot;
 use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::wire::{Mode, Wire};
-use crate::postgres::{Lsn, QualifiedName, Server, Session, Side};
+use crate::postgres::{Lsn, QualifiedName, Server, Side};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
 
@@ -59,6 +61,9 @@ const IDLE_PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// After a stop, so long may each end take to finish what it has begun: the target its batch, the source our last word.
 const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// So long may the sessions of an earlier run take to end.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the target durably holds, as the applier last committed it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,8 +146,12 @@ impl Follow<'_> {
         let met_at = *reached.borrow();
         match outcome {
             // A person is to find everything before the transaction in question on the target, and nothing of it: what
-            // they then change there must not meet changes that came before.
-            Err(error) if error.class() == Class::Operator && met_at > Lsn::ZERO && !stop.is_cancelled() => {
+            // they then change there must not meet changes that came before. And what makes several workers wait, the first can wait for alone.
+            Err(error)
+                if (error.class() == Class::Operator || self.waited_in_vain(&error))
+                    && met_at > Lsn::ZERO
+                    && !stop.is_cancelled() =>
+            {
                 tracing::warn!(%error, "going on one by one up to the transaction in question");
                 self.attempt(stop, met_at, &reached).await
             }
@@ -150,9 +159,14 @@ impl Follow<'_> {
         }
     }
 
+    /// Whether one of several workers gave up waiting for a lock.
+    fn waited_in_vain(&self, error: &Error) -> bool {
+        self.config.follow.workers.get() > 1 && error.sqlstate() == Some("55P03")
+    }
+
     async fn attempt(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<()> {
         // Until the stream stands, nothing has begun that a stop would have to finish.
-        let Ends { reading, reader_stop, applier, backend, moved } = tokio::select! {
+        let Ends { reading, reader_stop, applier, backends, moved } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
             ends = self.begin(stop, one_by_one, reached) => ends?,
@@ -173,7 +187,7 @@ impl Follow<'_> {
                 }
                 () = grace_after(&applier_stop) => {
                     reader_stop.cancel();
-                    self.abandon(backend).await;
+                    self.abandon(&backends).await;
                     break Ok(());
                 }
             }
@@ -204,6 +218,8 @@ impl Follow<'_> {
     /// Opens what both ends need, from durable progress on.
     async fn begin(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
         let slot = Slot::new(self.source, &self.config.name);
+        // What an earlier batch still commits would not be in what is read next.
+        self.end_earlier().await?;
         // It is confirmed to the source from here on.
         let progress = self.store.durable_progress().await?;
         let version = slot.check(progress.lsn).await?;
@@ -213,19 +229,14 @@ impl Follow<'_> {
         });
         self.telemetry.applied(progress.lsn, progress.commit_micros);
 
-        let catalog = self.target.connect("catalog").await?;
-        self.end_earlier(&catalog).await?;
-        drop(catalog);
-        let wire = self.apply_connection().await?;
-        let backend = wire.process_id();
-        let lane = lane::Lane::new(executor::Executor {
-            pipeline: pipeline::Pipeline::new(wire),
-            move_name: self.config.name.clone(),
-            epoch: self.epoch,
-            missing_row: self.config.follow.missing_row,
-            telemetry: self.telemetry.clone(),
-            open: None,
-        });
+        let ahead = self.store.workers_ahead().await?.map(shares::Ahead::from);
+        let mut backends = Vec::new();
+        let first = self.executor(0, &mut backends).await?;
+        let mut beside = Vec::new();
+        for worker in 1..self.config.follow.workers.get() {
+            beside.push(self.executor(u16::try_from(worker).unwrap_or(u16::MAX), &mut backends).await?);
+        }
+        let lane = lanes::Lanes::new(first, beside);
         let tables = self.store.tables().await?;
         let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
         let moved = Moved::new(moved.collect());
@@ -255,6 +266,7 @@ impl Follow<'_> {
                 capture: Capture::of(&self.config.name).table(),
             },
             lane,
+            ahead,
             store: self.store.clone(),
             schema: SchemaChanges::default(),
             moved: moved.clone(),
@@ -275,25 +287,39 @@ impl Follow<'_> {
             durable_at: Instant::now(),
             stop: stop.child_token(),
         };
-        Ok(Ends { reading, reader_stop, applier, backend, moved })
+        Ok(Ends { reading, reader_stop, applier, backends, moved })
     }
 
     /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
-    /// lock does not notice that its client is gone, and each of them would keep the locks of its batch.
-    async fn end_earlier(&self, session: &Session) -> Result<()> {
-        let ended = session
-            .end_others(&self.target.application_name("apply"))
-            .await
-            .doing(|| "ending the sessions of an earlier batch")?;
-        if ended > 0 {
-            tracing::info!(sessions = ended, "ended what was left of an earlier batch on the target");
+    /// lock does not notice that its client is gone, and each of them would keep the locks of its batch. Returns once they are gone.
+    async fn end_earlier(&self) -> Result<()> {
+        let session = self.target.connect("catalog").await?;
+        let name = self.target.application_name("apply");
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            let ended = session.end_others(&name).await.doing(|| "ending the sessions of an earlier batch")?;
+            if ended == 0 {
+                return Ok(());
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(sessions = ended, "ending what is left of an earlier batch on the target");
+            }
+            if began.elapsed() > END_PATIENCE {
+                return Err(Error::new(
+                    Class::Retry,
+                    "earlier_batch",
+                    format!("{ended} sessions of an earlier batch on the target do not end"),
+                )
+                .hint("look in pg_stat_activity of the target for sessions with the application name of apply"));
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        Ok(())
     }
 
     /// Ends the session of an abandoned batch. A server that waits for a lock does not notice that its client is gone,
     /// and would keep the locks of the batch until then. If it cannot be reached, the end of the connection has to do.
-    async fn abandon(&self, backend: i32) {
+    async fn abandon(&self, backends: &[i32]) {
         tracing::info!(
             "the target did not finish the batch in time; it is abandoned, and applied again at the next start"
         );
@@ -301,7 +327,7 @@ impl Follow<'_> {
         let application_name = self.target.application_name("apply");
         let ended = async {
             let session = self.target.connect("stop").await?;
-            session.query(END_SESSION, &[&backend, &application_name]).await.map(drop).map_err(Error::from)
+            session.query(END_SESSION, &[&backends, &application_name]).await.map(drop).map_err(Error::from)
         };
         match tokio::time::timeout(STOP_GRACE, ended).await {
             Ok(Ok(())) => {}
@@ -317,6 +343,20 @@ impl Follow<'_> {
         }
     }
 
+    async fn executor(&self, worker: u16, backends: &mut Vec<i32>) -> Result<executor::Executor> {
+        let wire = self.apply_connection().await?;
+        backends.push(wire.process_id());
+        Ok(executor::Executor {
+            pipeline: pipeline::Pipeline::new(wire),
+            move_name: self.config.name.clone(),
+            epoch: self.epoch,
+            missing_row: self.config.follow.missing_row,
+            telemetry: self.telemetry.clone(),
+            worker,
+            open: None,
+        })
+    }
+
     async fn apply_connection(&self) -> Result<Wire> {
         let mut wire = Wire::connect(self.target, "apply", Mode::Sql, &[]).await?;
         // Nobody reads while rows are sent: a warning for each of them would fill the way back until nothing moves any more.
@@ -328,10 +368,10 @@ impl Follow<'_> {
     }
 }
 
-/// `$1` process id, `$2` application name.
+/// `$1` process ids, `$2` application name.
 const END_SESSION: &str = "
     SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-    WHERE pid = $1 AND application_name = $2 AND datname = pg_catalog.current_database()";
+    WHERE pid = ANY ($1) AND application_name = $2 AND datname = pg_catalog.current_database()";
 
 /// The two ends of a run, ready to go.
 struct Ends {
@@ -340,8 +380,8 @@ struct Ends {
     applier: apply::Applier,
     /// The tables of the move.
     moved: Moved,
-    /// The process id of the applying session on the target.
-    backend: i32,
+    /// The process ids of the applying sessions on the target.
+    backends: Vec<i32>,
 }
 
 /// Completes [`STOP_GRACE`] after the stop.

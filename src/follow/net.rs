@@ -101,7 +101,7 @@ pub(super) enum Key<'c> {
 
 impl<'c> Key<'c> {
     /// `None` if a part of it is not there.
-    fn of(columns: &[usize], tuple: &'c Tuple) -> Option<Self> {
+    pub(super) fn of(columns: &[usize], tuple: &'c Tuple) -> Option<Self> {
         let mut values = tuple.values();
         if let [column] = columns {
             return text(values.nth(*column)?).map(Self::One);
@@ -383,4 +383,4 @@ impl<'c> Looks<'c> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

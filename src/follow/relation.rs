@@ -54,6 +54,8 @@ pub(super) struct PlannedColumn {
     pub type_name: QualifiedName,
     /// See [`super::target_table::TargetColumn::leads`].
     pub leads: bool,
+    /// See [`super::target_table::TargetColumn::parts`].
+    pub parts: bool,
     pub many: Many,
 }
 
@@ -118,6 +120,7 @@ impl Plan {
                 equality: found.equality.clone().unwrap_or_else(|| "OPERATOR(pg_catalog.=)".to_owned()),
                 type_name: found.type_name.clone(),
                 leads: found.leads,
+                parts: found.parts && !target.partitioned,
                 many: found.many,
             });
         }
@@ -137,6 +140,12 @@ impl Plan {
         !self.observed
             && self.columns.iter().any(|column| column.written)
             && self.columns.iter().all(|column| column.many != Many::Never)
+    }
+
+    /// Whether two of its rows can be changed at the same time, if their keys differ; see [`super::shares`].
+    pub(super) fn splits(&self) -> bool {
+        let parts = |at: &usize| self.columns.get(*at).is_some_and(|column| column.parts);
+        matches!(&self.finder, Finder::Key(key) if key.iter().all(parts))
     }
 
     /// Positions of the columns that an update to this row writes, without those that find it.
@@ -339,6 +348,7 @@ pub(super) mod tests {
             equality: "OPERATOR(pg_catalog.=)".into(),
             type_name: QualifiedName::new("pg_catalog", "text"),
             leads: false,
+            parts: false,
             many: Many::Array { delimiter: b',' },
         };
         Plan {
@@ -384,6 +394,7 @@ pub(super) mod tests {
                     primary_key: *primary_key,
                     equality: Some("OPERATOR(pg_catalog.=)".into()),
                     leads: false,
+                    parts: false,
                     many: Many::Array { delimiter: b',' },
                 })
                 .collect(),

@@ -27,6 +27,8 @@ pub(super) struct TargetColumn {
     pub equality: Option<String>,
     /// An index begins with it, and a value that is cast from text is the one that the input function reads.
     pub leads: bool,
+    /// Values that are equal have equal texts, and rows that differ in it conflict in no index.
+    pub parts: bool,
     pub many: Many,
 }
 
@@ -64,7 +66,17 @@ const TARGET_TABLE: &str = r"
                    JOIN pg_catalog.pg_opclass oc ON oc.oid = i.indclass[0]
                    JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
                    WHERE i.indrelid = c.oid AND i.indkey[0] = a.attnum AND i.indisvalid AND i.indpred IS NULL)
-           AND NOT own_cast.is_there
+           AND NOT own_cast.is_there,
+           t.oid::pg_catalog.regtype = ANY ('{int2,int4,int8,oid,uuid,date,timestamp,timestamptz,bytea,text,varchar}'::pg_catalog.regtype[])
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_collation co WHERE co.oid = a.attcollation AND NOT co.collisdeterministic)
+           AND NOT EXISTS (
+               SELECT FROM pg_catalog.pg_index i
+               WHERE i.indrelid = c.oid
+                 AND (i.indisexclusion
+                      OR i.indisunique AND a.attnum <> ALL ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+                      OR i.indisunique AND EXISTS (
+                          SELECT FROM pg_catalog.pg_collation co
+                          WHERE co.oid = ANY (i.indcollation::oid[]) AND NOT co.collisdeterministic)))
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     CROSS JOIN (SELECT CASE pg_catalog.current_setting('session_replication_role')
@@ -124,6 +136,7 @@ pub(super) fn target_table(rows: &[TextRow]) -> Result<Option<TargetTable>> {
             primary_key: flag(row, 7),
             equality: text(row, 8),
             leads: flag(row, 11),
+            parts: flag(row, 12),
             many: match needed(row, 9)?.as_bytes() {
                 [delimiter] => Many::Array { delimiter: *delimiter },
                 b"text" => Many::Text,

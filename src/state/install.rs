@@ -5,7 +5,7 @@ use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
 /// Every table of the layout.
-pub(super) const TABLES: [&str; 12] = [
+pub(super) const TABLES: [&str; 13] = [
     "ddl",
     "cutover_step",
     "cutover",
@@ -16,6 +16,7 @@ pub(super) const TABLES: [&str; 12] = [
     "large_object",
     "held_back",
     "copy_table",
+    "worker_progress",
     "progress",
     "move",
 ];
@@ -46,6 +47,15 @@ CREATE TABLE IF NOT EXISTS pgtandem.progress (
     commit_time  timestamptz,
     transactions bigint NOT NULL DEFAULT 0,
     changes      bigint NOT NULL DEFAULT 0
+) WITH (fillfactor = 10);
+
+CREATE TABLE IF NOT EXISTS pgtandem.worker_progress (
+    move    text NOT NULL REFERENCES pgtandem.move ON DELETE CASCADE,
+    worker  integer NOT NULL,
+    workers integer NOT NULL,
+    lsn     pg_lsn NOT NULL,
+    split   jsonb NOT NULL,
+    PRIMARY KEY (move, worker)
 ) WITH (fillfactor = 10);
 
 CREATE TABLE IF NOT EXISTS pgtandem.copy_table (

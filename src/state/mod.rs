@@ -13,6 +13,7 @@ mod request;
 mod schema_change;
 mod tables;
 mod unkeyed;
+mod workers;
 
 use std::fmt;
 use std::str::FromStr;
@@ -28,6 +29,7 @@ pub use request::{Request, RequestKind, RequestState};
 pub use schema_change::{SchemaChange, text_digest};
 pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
 pub use unkeyed::GivenIdentity;
+pub use workers::{WorkersAhead, split_json};
 
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};

@@ -570,8 +570,11 @@ impl<'a> Walk<'a> {
             return Ok(None);
         }
         let engine = s.config.follow.engine;
-        if engine == Engine::Subscription && (!self.gone.is_empty() || self.is_captured().await?) {
-            // What the stream may still bring of them, or of the schema, a worker could not pass over.
+        // What the stream may still bring of tables that are gone, or of the schema, a worker could not pass over; nor what some of our
+        // own workers committed beyond progress.
+        if engine == Engine::Subscription
+            && (!self.gone.is_empty() || self.is_captured().await? || s.store.workers_ahead().await?.is_some())
+        {
             s.enter_phase(Phase::Catchup).await?;
             return Ok(None);
         }

@@ -30,3 +30,4 @@ mod subscription;
 mod telemetry;
 mod unkeyed;
 mod wire;
+mod workers;

@@ -12,9 +12,9 @@ use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
 
 /// A row of text; `None` is a value that was left out.
-type Fields = Vec<Option<String>>;
+pub(in crate::follow) type Fields = Vec<Option<String>>;
 
-fn tuple(fields: &[Option<String>]) -> Tuple {
+pub(in crate::follow) fn tuple(fields: &[Option<String>]) -> Tuple {
     let mut bytes = BytesMut::from(&b"I\0\0\0\x01N"[..]);
     bytes.put_u16(fields.len() as u16);
     for field in fields {
@@ -43,7 +43,7 @@ fn fields(tuple: &Tuple) -> Fields {
         .collect()
 }
 
-fn row(fields: &[&str]) -> Fields {
+pub(in crate::follow) fn row(fields: &[&str]) -> Fields {
     fields.iter().map(|field| (*field != "?").then(|| (*field).to_owned())).collect()
 }
 

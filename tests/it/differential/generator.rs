@@ -39,6 +39,7 @@ struct Plan {
     dump: bool,
     superuser: bool,
     small_batches: bool,
+    workers: u8,
 }
 
 fn plan() -> impl Strategy<Value = Plan> {
@@ -48,14 +49,16 @@ fn plan() -> impl Strategy<Value = Plan> {
         events(40),
         prop::collection::vec(events(30), 5..=5),
         (prop::bool::weighted(0.25), any::<bool>(), any::<bool>()),
+        1u8..=3,
     )
-        .prop_map(|(tables, content, stages, (dump, superuser, small_batches))| Plan {
+        .prop_map(|(tables, content, stages, (dump, superuser, small_batches), workers)| Plan {
             tables,
             content,
             stages,
             dump,
             superuser,
             small_batches,
+            workers,
         })
 }
 

@@ -94,6 +94,7 @@ impl<'a> Case<'a> {
         let pgtandem = Pgtandem::new(&from, &to, &name)
             .env("PGTANDEM_COPY_METHOD", if plan.dump { "dump" } else { "copy" })
             .env("PGTANDEM_FOLLOW_BATCH_MAX_DELAY", if plan.small_batches { "1ms" } else { "200ms" })
+            .env("PGTANDEM_FOLLOW_WORKERS", plan.workers.to_string())
             // What judges is the comparison of the test, which shows the rows.
             .env("PGTANDEM_CUTOVER_VERIFY", "off")
             .working_in(folder.path());
@@ -399,9 +400,9 @@ impl<'a> Case<'a> {
         let log = self.daemon.as_ref().map_or_else(|| self.gone.clone(), Running::stderr);
         let lines: Vec<&str> = log.lines().collect();
         let tail = lines[lines.len().saturating_sub(25)..].join("\n");
-        let Plan { dump, superuser, small_batches, .. } = self.plan;
+        let Plan { dump, superuser, small_batches, workers, .. } = self.plan;
         format!(
-            "{reason}\n--- dump {dump}, superuser {superuser}, small batches {small_batches}, played:\n{}\n--- the daemon:\n{tail}",
+            "{reason}\n--- dump {dump}, superuser {superuser}, small batches {small_batches}, workers {workers}, played:\n{}\n--- the daemon:\n{tail}",
             self.played
         )
     }
