@@ -31,6 +31,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use foldhash::fast::RandomState;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -72,8 +73,8 @@ pub(super) struct Applier {
     pub telemetry: Telemetry,
     /// The commit of the newest transaction that was begun.
     pub reached: watch::Sender<Lsn>,
-    /// What the stream announced; the plan is made when the first change needs it.
-    pub relations: HashMap<u32, (Relation, Option<Arc<Plan>>)>,
+    /// By the oid that the stream gives them.
+    pub relations: HashMap<u32, Announced, RandomState>,
     pub types: HashMap<u32, QualifiedName>,
     pub generations: u64,
     pub transaction: Option<Position>,
@@ -86,6 +87,21 @@ pub(super) struct Applier {
     /// When something was last known to be durable.
     pub durable_at: Instant,
     pub stop: CancellationToken,
+}
+
+/// What the stream announced of a relation.
+pub(super) struct Announced {
+    pub relation: Relation,
+    /// What committed before is in the table's copy.
+    cut: Option<Lsn>,
+    /// Made when the first change needs it.
+    pub plan: Option<Arc<Plan>>,
+}
+
+impl Announced {
+    fn is_copied(&self, at: Position) -> bool {
+        self.cut.is_some_and(|cut| at.commit_lsn < cut)
+    }
 }
 
 /// What is collected for the target, in the order of the stream: whole source transactions, then a part of the one that is open.
@@ -308,18 +324,66 @@ impl Applier {
                 }
                 Ok(())
             }
-            Delivery::Message(message) => self.message(message).await,
+            // Nearly everything ends here. A future for each message would cost more than all else that is done with it.
+            Delivery::Message(message) => match self.at_once(message)? {
+                None => Ok(()),
+                Some(message) => self.message(message).await,
+            },
+        }
+    }
+
+    /// Does what needs nothing of the target; gives back what does.
+    fn at_once(&mut self, message: Message) -> Result<Option<Message>> {
+        let relation = match &message {
+            Message::Begin { commit_lsn, xid, .. } => {
+                self.transaction = Some(Position { commit_lsn: *commit_lsn, xid: *xid });
+                self.reached.send_replace(*commit_lsn);
+                self.idle = None;
+                self.schema.begin();
+                return Ok(None);
+            }
+            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
+                *relation
+            }
+            _ => return Ok(Some(message)),
+        };
+        if self.schema.is_capture(relation) {
+            return Ok(Some(message));
+        }
+        let (at, known) = self.announced(relation)?;
+        if known.is_copied(at) {
+            return Ok(None);
+        }
+        let Some(plan) = known.plan.clone() else { return Ok(Some(message)) };
+        match message {
+            Message::Insert { new, .. } => {
+                let change = Change::insert(plan, at, new)?;
+                self.collect(change, |applied| applied.inserts += 1);
+            }
+            Message::Update { old, new, .. } => {
+                let change = Change::update(plan, at, old, new)?;
+                self.collect(change, |applied| applied.updates += 1);
+            }
+            Message::Delete { old, .. } => {
+                let change = Change::delete(plan, at, old)?;
+                self.collect(change, |applied| applied.deletes += 1);
+            }
+            other => return Ok(Some(other)),
+        }
+        Ok(None)
+    }
+
+    /// What the stream said of a relation, and where we are.
+    fn announced(&self, oid: u32) -> Result<(Position, &Announced)> {
+        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
+        match self.relations.get(&oid) {
+            Some(known) => Ok((at, known)),
+            None => Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe"))),
         }
     }
 
     async fn message(&mut self, message: Message) -> Result<()> {
         match message {
-            Message::Begin { commit_lsn, xid, .. } => {
-                self.transaction = Some(Position { commit_lsn, xid });
-                self.reached.send_replace(commit_lsn);
-                self.idle = None;
-                self.schema.begin();
-            }
             Message::Commit { end_lsn, commit_micros, .. } => {
                 return self.end_transaction(end_lsn, commit_micros).await;
             }
@@ -333,24 +397,16 @@ impl Applier {
                 };
                 // The rows before it are on the target before it runs.
                 self.settle().await?;
-                return self.schema_change(text).await;
-            }
-            Message::Insert { relation, new } => {
-                if let Some((plan, at)) = self.plan(relation).await? {
-                    let change = Change::insert(plan, at, new)?;
-                    self.collect(change, |applied| applied.inserts += 1);
+                self.schema_change(text).await?;
+                // It may have moved the cuts.
+                for known in self.relations.values_mut() {
+                    known.cut = self.settings.cuts.get(&known.relation.name).copied();
                 }
             }
-            Message::Update { relation, old, new } => {
-                if let Some((plan, at)) = self.plan(relation).await? {
-                    let change = Change::update(plan, at, old, new)?;
-                    self.collect(change, |applied| applied.updates += 1);
-                }
-            }
-            Message::Delete { relation, old } => {
-                if let Some((plan, at)) = self.plan(relation).await? {
-                    let change = Change::delete(plan, at, old)?;
-                    self.collect(change, |applied| applied.deletes += 1);
+            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
+                self.plan(relation).await?;
+                if let Some(left) = self.at_once(message)? {
+                    return Err(Error::bug(format!("{} found no plan", left.kind())));
                 }
             }
             Message::Truncate { relations, restart_identity, .. } => {
@@ -359,8 +415,9 @@ impl Applier {
             // Where a change came from before it reached the source does not matter to the target, and other
             // programs' messages are theirs. The marker is recognised by its transaction.
             Message::Origin { .. } | Message::Logical { .. } => {}
-            // Only whole transactions were asked for, once they committed.
-            Message::StreamStart { .. }
+            // Only whole transactions were asked for, once they committed; and a beginning was taken at once.
+            Message::Begin { .. }
+            | Message::StreamStart { .. }
             | Message::StreamStop
             | Message::StreamCommit { .. }
             | Message::StreamAbort { .. }
@@ -406,42 +463,42 @@ impl Applier {
             return self.schema.announce(relation.oid);
         }
         match self.relations.get(&relation.oid) {
-            Some((known, _)) if *known == relation => {}
-            _ => drop(self.relations.insert(relation.oid, (relation, None))),
+            Some(known) if known.relation == relation => {}
+            _ => {
+                let cut = self.settings.cuts.get(&relation.name).copied();
+                drop(self.relations.insert(relation.oid, Announced { relation, cut, plan: None }));
+            }
         }
     }
 
     /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
     async fn plan(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
-        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
-        let Some((relation, plan)) = self.relations.get(&oid) else {
-            return Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe")));
-        };
-        if self.settings.cuts.get(&relation.name).is_some_and(|&cut| at.commit_lsn < cut) {
+        let (at, known) = self.announced(oid)?;
+        if known.is_copied(at) {
             return Ok(None);
         }
-        if let Some(plan) = plan {
+        if let Some(plan) = &known.plan {
             return Ok(Some((Arc::clone(plan), at)));
         }
-        let (name, query) = (relation.name.clone(), target_table_query(&relation.name));
+        let (name, query) = (known.relation.name.clone(), target_table_query(&known.relation.name));
         self.free().await?;
         let rows = self.pipeline()?.query(&query).await;
         let rows = rows.doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
         let target = target_table(&rows)?;
         self.generations += 1;
-        let Some((relation, planned)) = self.relations.get_mut(&oid) else {
+        let Some(known) = self.relations.get_mut(&oid) else {
             return Err(Error::bug(format!("relation {oid} was forgotten")));
         };
-        match Plan::new(relation, target.as_ref(), &self.types, self.generations) {
-            Ok(plan) => Ok(Some((Arc::clone(planned.insert(Arc::new(plan))), at))),
+        match Plan::new(&known.relation, target.as_ref(), &self.types, self.generations) {
+            Ok(plan) => Ok(Some((Arc::clone(known.plan.insert(Arc::new(plan))), at))),
             Err(error) => Err(self.with_what_mends(error, oid, target.as_ref()).await),
         }
     }
 
     /// The error with the statement that would give the target the shape of the source.
     async fn with_what_mends(&mut self, error: Error, oid: u32, target: Option<&TargetTable>) -> Error {
-        let (Some((relation, _)), Some(target)) = (self.relations.get(&oid), target) else { return error };
-        let (relation, query) = (relation.clone(), type_names_query(relation, &self.types));
+        let (Some(known), Some(target)) = (self.relations.get(&oid), target) else { return error };
+        let (relation, query) = (known.relation.clone(), type_names_query(&known.relation, &self.types));
         let Ok(pipeline) = self.pipeline() else { return error };
         let Ok(rows) = pipeline.query(&query).await else { return error };
         let names: Vec<String> = rows.into_iter().flatten().flatten().collect();

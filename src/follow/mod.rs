@@ -276,7 +276,7 @@ impl Follow<'_> {
             gate: self.gate.clone(),
             telemetry: self.telemetry.clone(),
             reached: reached.clone(),
-            relations: HashMap::new(),
+            relations: HashMap::default(),
             types: HashMap::new(),
             generations: 0,
             transaction: None,

@@ -27,6 +27,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use foldhash::fast::RandomState;
+
 use super::change::{Change, Row};
 use super::relation::{Finder, Plan};
 use crate::postgres::pgoutput::{Tuple, Value};
@@ -142,7 +144,7 @@ fn text(value: Value<'_>) -> Option<&[u8]> {
 pub(super) fn stages(changes: &[Change], is_ordered: impl Fn(&Plan) -> bool) -> Vec<Stage<'_>> {
     let mut stages = Vec::new();
     let mut tables: Vec<Table<'_>> = Vec::new();
-    let mut places: HashMap<u64, usize> = HashMap::new();
+    let mut places: HashMap<u64, usize, RandomState> = HashMap::default();
     for change in changes {
         if matches!(change.row, Row::Truncate(_)) {
             close(&mut tables, &mut stages);
@@ -178,12 +180,14 @@ struct Table<'c> {
 
 enum Rows<'c> {
     /// With the positions of the key's columns.
-    Keyed(&'c [usize], HashMap<Key<'c>, State<'c>>),
+    Keyed(&'c [usize], States<'c>),
     Alike(Looks<'c>),
     /// The source publishes nothing but inserts: there is nothing to find.
     Inserted(Vec<&'c Tuple>),
     Ordered,
 }
+
+type States<'c> = HashMap<Key<'c>, State<'c>, RandomState>;
 
 /// A row before and after.
 enum State<'c> {
@@ -203,7 +207,7 @@ impl<'c> Table<'c> {
     fn new(plan: &'c Arc<Plan>, ordered: bool) -> Self {
         let rows = match &plan.finder {
             _ if ordered || !plan.takes_sets() => Rows::Ordered,
-            Finder::Key(columns) => Rows::Keyed(columns, HashMap::new()),
+            Finder::Key(columns) => Rows::Keyed(columns, States::default()),
             Finder::WholeRow => Rows::Alike(Looks::default()),
             Finder::Nothing => Rows::Inserted(Vec::new()),
         };
@@ -212,8 +216,9 @@ impl<'c> Table<'c> {
 
     fn add(&mut self, change: &'c Change) {
         self.all.push(change);
-        self.bytes += change.bytes();
-        if change.bytes() > LARGE_ROW || self.bytes > LARGE_SET {
+        let bytes = change.bytes();
+        self.bytes += bytes;
+        if bytes > LARGE_ROW || self.bytes > LARGE_SET {
             self.rows = Rows::Ordered;
         }
         let fits = match &mut self.rows {
@@ -254,7 +259,7 @@ fn alike_from(plan: &Plan) -> usize {
 }
 
 /// `None`: the change does not fit what is known of its row, or its row cannot be told.
-fn add_keyed<'c>(rows: &mut HashMap<Key<'c>, State<'c>>, columns: &[usize], row: &'c Row) -> Option<()> {
+fn add_keyed<'c>(rows: &mut States<'c>, columns: &[usize], row: &'c Row) -> Option<()> {
     use std::collections::hash_map::Entry;
     match row {
         Row::Insert(new) => match rows.entry(Key::of(columns, new)?) {
@@ -301,18 +306,29 @@ fn add_keyed<'c>(rows: &mut HashMap<Key<'c>, State<'c>>, columns: &[usize], row:
     Some(())
 }
 
-fn keyed<'c>(plan: &Plan, rows: HashMap<Key<'c>, State<'c>>) -> Keyed<'c> {
+fn keyed<'c>(plan: &Plan, rows: States<'c>) -> Keyed<'c> {
     let mut rows: Vec<(Key<'c>, State<'c>)> = rows.into_iter().collect();
     rows.sort_unstable_by(|(a, _), (b, _)| a.order(b));
     let mut net = Keyed::default();
+    // Most updates leave nothing out.
+    let mut complete: Option<usize> = None;
     for (key, state) in rows {
         match state {
             State::Inserted(row) => net.inserts.push(row),
             State::Updated(row) => {
-                let set = plan.set_by(&row);
-                match net.updates.iter_mut().find(|updates| updates.set == set) {
-                    Some(updates) => updates.rows.push((key, row)),
-                    None => net.updates.push(Updates { set, rows: vec![(key, row)] }),
+                let leaves_out = row.leaves_out();
+                let place = complete.filter(|_| !leaves_out).unwrap_or_else(|| {
+                    let set = plan.set_by(&row);
+                    net.updates.iter().position(|updates| updates.set == set).unwrap_or_else(|| {
+                        net.updates.push(Updates { set, rows: Vec::new() });
+                        net.updates.len() - 1
+                    })
+                });
+                if !leaves_out {
+                    complete = Some(place);
+                }
+                if let Some(updates) = net.updates.get_mut(place) {
+                    updates.rows.push((key, row));
                 }
             }
             State::Deleted => net.deletes.push(key),
@@ -332,7 +348,7 @@ struct Looks<'c> {
     /// Before and after.
     rows: Vec<(Option<&'c Tuple>, Option<&'c Tuple>)>,
     /// Those that look so by now.
-    now: HashMap<&'c [u8], Vec<usize>>,
+    now: HashMap<&'c [u8], Vec<usize>, RandomState>,
 }
 
 impl<'c> Looks<'c> {

@@ -76,7 +76,8 @@ impl SetsTried {
     pub(super) fn refused(&self) {
         let pause = (self.last.load(Ordering::Relaxed) * 2).clamp(1, Self::LONGEST);
         self.last.store(pause, Ordering::Relaxed);
-        self.pause.store(pause, Ordering::Relaxed);
+        // The stretch in which it was refused goes by as well.
+        self.pause.store(pause + 1, Ordering::Relaxed);
     }
 
     pub(super) fn are_paused(&self) -> bool {

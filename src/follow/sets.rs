@@ -32,7 +32,7 @@ impl Pipeline {
             let mut parameters =
                 Parameters::new(key.iter().filter_map(|&at| plan.columns.get(at)).map(PlannedColumn::delimiter));
             for row in deletes.by_ref() {
-                parameters.row(row.parts().iter().copied().map(Some));
+                parameters.row(row.parts().iter().map(|part| Ok(Some(*part))))?;
                 if parameters.bytes >= STATEMENT {
                     break;
                 }
@@ -46,12 +46,8 @@ impl Pipeline {
                     key.iter().chain(set).filter_map(|&at| plan.columns.get(at)).map(PlannedColumn::delimiter),
                 );
                 for (key, row) in rows.by_ref() {
-                    let values: Vec<Value<'_>> = row.values().collect();
-                    let mut written = Vec::with_capacity(set.len());
-                    for &at in set {
-                        written.push(text(values.get(at).copied().unwrap_or(Value::Null), plan)?);
-                    }
-                    parameters.row(key.parts().iter().copied().map(Some).chain(written));
+                    let parts = key.parts().iter().map(|part| Ok(Some(*part)));
+                    parameters.row(parts.chain(chosen(row, set).map(|value| text(value, plan))))?;
                     if parameters.bytes >= STATEMENT {
                         break;
                     }
@@ -70,8 +66,7 @@ impl Pipeline {
         if !net.deletes.is_empty() {
             let mut parameters = Parameters::new(looks());
             for old in &net.deletes {
-                let row = old.values().map(|value| text(value, plan)).collect::<Result<Vec<_>>>()?;
-                parameters.row(row.into_iter());
+                parameters.row(old.values().map(|value| text(value, plan)))?;
             }
             self.set(plan, Set::DeleteAlike, Vec::new(), parameters, || plan.delete_alike()).await?;
         }
@@ -79,14 +74,8 @@ impl Pipeline {
             let written = plan.columns.iter().filter(|column| column.written);
             let mut parameters = Parameters::new(looks().chain(written.map(PlannedColumn::delimiter)));
             for (old, new) in &net.updates {
-                let mut row = Vec::with_capacity(2 * plan.columns.len());
-                for value in old.values() {
-                    row.push(text(value, plan)?);
-                }
-                for (_, value) in new.values().enumerate().filter(|(at, _)| plan.is_written(*at)) {
-                    row.push(text(value, plan)?);
-                }
-                parameters.row(row.into_iter());
+                let new = new.values().enumerate().filter(|(at, _)| plan.is_written(*at)).map(|(_, value)| value);
+                parameters.row(old.values().chain(new).map(|value| text(value, plan)))?;
             }
             self.set(plan, Set::UpdateAlike, Vec::new(), parameters, || plan.update_alike()).await?;
         }
@@ -122,6 +111,12 @@ impl Pipeline {
     }
 }
 
+/// The values at these positions, which ascend.
+fn chosen<'t>(row: &'t Tuple, positions: &[usize]) -> impl Iterator<Item = Value<'t>> {
+    let mut wanted = positions.iter().copied().peekable();
+    row.values().enumerate().filter(move |(at, _)| wanted.next_if_eq(at).is_some()).map(|(_, value)| value)
+}
+
 /// One array for each column, as literals.
 struct Parameters {
     arrays: Vec<BytesMut>,
@@ -137,8 +132,9 @@ impl Parameters {
         Self { arrays: vec![BytesMut::from(&b"{"[..]); delimiters.len()], delimiters, rows: 0, bytes: 0 }
     }
 
-    fn row<'v>(&mut self, values: impl Iterator<Item = Option<&'v [u8]>>) {
+    fn row<'v>(&mut self, values: impl Iterator<Item = Result<Option<&'v [u8]>>>) -> Result<()> {
         for ((array, &delimiter), value) in self.arrays.iter_mut().zip(&self.delimiters).zip(values) {
+            let value = value?;
             if self.rows > 0 {
                 array.put_u8(delimiter);
             }
@@ -146,6 +142,7 @@ impl Parameters {
             element(array, value);
         }
         self.rows += 1;
+        Ok(())
     }
 
     fn finish(self) -> Vec<BytesMut> {

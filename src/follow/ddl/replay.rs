@@ -112,7 +112,7 @@ impl Applier {
         let note = change.sql(self.settings.move_name.as_str(), state, None);
         self.pipeline()?.query(&note).await.doing(|| "noting a schema change")?;
         // What was known of shapes and types may be another by now.
-        self.relations.values_mut().for_each(|(_, plan)| *plan = None);
+        self.relations.values_mut().for_each(|known| known.plan = None);
         self.types.clear();
         Ok(())
     }
@@ -370,8 +370,8 @@ impl Applier {
             moved.insert(new.clone());
         });
         // Not every version announces the relation again when only its schema has another name.
-        for (relation, _) in self.relations.values_mut().filter(|(relation, _)| relation.name == *old) {
-            relation.name = new.clone();
+        for known in self.relations.values_mut().filter(|known| known.relation.name == *old) {
+            known.relation.name = new.clone();
         }
         Ok(())
     }
