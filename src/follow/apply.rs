@@ -28,27 +28,25 @@
 //! source ever had; afterwards it always is.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::change::{Change, Position, Row};
+use super::change::{Change, Position};
 use super::ddl::{Moved, SchemaChanges};
 use super::executor::{End, Work};
 use super::lanes::Lanes;
+use super::messages::Announced;
 use super::pipeline::Pipeline;
 use super::queue::Receiver;
 use super::reader::Delivery;
-use super::relation::{Plan, mending, type_names_query};
 use super::shares::Ahead;
-use super::target_table::{TargetTable, target_table, target_table_query};
 use super::{Durable, Gate, IDLE_PROGRESS_EVERY, MarkerWatch, Settings};
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::pgoutput::{Message, Relation, Value};
-use crate::postgres::{Lsn, QualifiedName, quote_literal};
+use crate::postgres::pgoutput::Message;
+use crate::postgres::{Lsn, QualifiedName};
 use crate::state::Store;
 use crate::telemetry::{BatchApplied, Telemetry};
 
@@ -87,21 +85,6 @@ pub(super) struct Applier {
     /// When something was last known to be durable.
     pub durable_at: Instant,
     pub stop: CancellationToken,
-}
-
-/// What the stream announced of a relation.
-pub(super) struct Announced {
-    pub relation: Relation,
-    /// What committed before is in the table's copy.
-    cut: Option<Lsn>,
-    /// Made when the first change needs it.
-    pub plan: Option<Arc<Plan>>,
-}
-
-impl Announced {
-    fn is_copied(&self, at: Position) -> bool {
-        self.cut.is_some_and(|cut| at.commit_lsn < cut)
-    }
 }
 
 /// What is collected for the target, in the order of the stream: whole source transactions, then a part of the one that is open.
@@ -220,7 +203,7 @@ impl Applier {
     }
 
     /// Waits until the target has done what it was given.
-    async fn free(&mut self) -> Result<()> {
+    pub(super) async fn free(&mut self) -> Result<()> {
         while !self.lane.is_free() {
             let finished = self.lane.finished().await?;
             self.finished(finished)?;
@@ -286,7 +269,7 @@ impl Applier {
     }
 
     /// Brings the target to where the stream stands, inside the open source transaction.
-    async fn settle(&mut self) -> Result<()> {
+    pub(super) async fn settle(&mut self) -> Result<()> {
         while self.batch.as_ref().is_some_and(|batch| batch.whole.is_some() || !batch.changes.is_empty()) {
             self.free().await?;
             self.pass_the_gate().await;
@@ -316,123 +299,7 @@ impl Applier {
         Ok(&mut self.lane.executor()?.pipeline)
     }
 
-    async fn deliver(&mut self, delivery: Delivery) -> Result<()> {
-        match delivery {
-            Delivery::Idle(lsn) => {
-                if lsn > self.written() {
-                    self.idle = Some(lsn);
-                }
-                Ok(())
-            }
-            // Nearly everything ends here. A future for each message would cost more than all else that is done with it.
-            Delivery::Message(message) => match self.at_once(message)? {
-                None => Ok(()),
-                Some(message) => self.message(message).await,
-            },
-        }
-    }
-
-    /// Does what needs nothing of the target; gives back what does.
-    fn at_once(&mut self, message: Message) -> Result<Option<Message>> {
-        let relation = match &message {
-            Message::Begin { commit_lsn, xid, .. } => {
-                self.transaction = Some(Position { commit_lsn: *commit_lsn, xid: *xid });
-                self.reached.send_replace(*commit_lsn);
-                self.idle = None;
-                self.schema.begin();
-                return Ok(None);
-            }
-            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
-                *relation
-            }
-            _ => return Ok(Some(message)),
-        };
-        if self.schema.is_capture(relation) {
-            return Ok(Some(message));
-        }
-        let (at, known) = self.announced(relation)?;
-        if known.is_copied(at) {
-            return Ok(None);
-        }
-        let Some(plan) = known.plan.clone() else { return Ok(Some(message)) };
-        match message {
-            Message::Insert { new, .. } => {
-                let change = Change::insert(plan, at, new)?;
-                self.collect(change, |applied| applied.inserts += 1);
-            }
-            Message::Update { old, new, .. } => {
-                let change = Change::update(plan, at, old, new)?;
-                self.collect(change, |applied| applied.updates += 1);
-            }
-            Message::Delete { old, .. } => {
-                let change = Change::delete(plan, at, old)?;
-                self.collect(change, |applied| applied.deletes += 1);
-            }
-            other => return Ok(Some(other)),
-        }
-        Ok(None)
-    }
-
-    /// What the stream said of a relation, and where we are.
-    fn announced(&self, oid: u32) -> Result<(Position, &Announced)> {
-        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
-        match self.relations.get(&oid) {
-            Some(known) => Ok((at, known)),
-            None => Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe"))),
-        }
-    }
-
-    async fn message(&mut self, message: Message) -> Result<()> {
-        match message {
-            Message::Commit { end_lsn, commit_micros, .. } => {
-                return self.end_transaction(end_lsn, commit_micros).await;
-            }
-            Message::Relation(relation) => self.relation(relation),
-            Message::Type { oid, name } => {
-                self.types.insert(oid, name);
-            }
-            Message::Insert { relation, new } if self.schema.is_capture(relation) => {
-                let Some(Value::Text(text)) = new.values().next() else {
-                    return Err(Error::bug("a captured schema change holds no text"));
-                };
-                // The rows before it are on the target before it runs.
-                self.settle().await?;
-                self.schema_change(text).await?;
-                // It may have moved the cuts.
-                for known in self.relations.values_mut() {
-                    known.cut = self.settings.cuts.get(&known.relation.name).copied();
-                }
-            }
-            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
-                self.plan(relation).await?;
-                if let Some(left) = self.at_once(message)? {
-                    return Err(Error::bug(format!("{} found no plan", left.kind())));
-                }
-            }
-            Message::Truncate { relations, restart_identity, .. } => {
-                return self.truncate(&relations, restart_identity).await;
-            }
-            // Where a change came from before it reached the source does not matter to the target, and other
-            // programs' messages are theirs. The marker is recognised by its transaction.
-            Message::Origin { .. } | Message::Logical { .. } => {}
-            // Only whole transactions were asked for, once they committed; and a beginning was taken at once.
-            Message::Begin { .. }
-            | Message::StreamStart { .. }
-            | Message::StreamStop
-            | Message::StreamCommit { .. }
-            | Message::StreamAbort { .. }
-            | Message::BeginPrepare(_)
-            | Message::Prepare(_)
-            | Message::CommitPrepared { .. }
-            | Message::RollbackPrepared { .. }
-            | Message::StreamPrepare(_) => {
-                return Err(Error::bug(format!("the stream holds {}, which was not asked for", message.kind())));
-            }
-        }
-        Ok(())
-    }
-
-    async fn end_transaction(&mut self, lsn: Lsn, commit_micros: i64) -> Result<()> {
+    pub(super) async fn end_transaction(&mut self, lsn: Lsn, commit_micros: i64) -> Result<()> {
         let ended = self.transaction.take().ok_or_else(|| out_of_place("COMMIT"))?;
         let marker = self.marker.is_expected(ended.xid);
         // Also a transaction without changes moves progress: it may be the marker.
@@ -456,92 +323,7 @@ impl Applier {
         if schema_changed { self.free().await } else { Ok(()) }
     }
 
-    /// The source announces a shape. Whether the target has it is asked when a row needs it: a table whose changes are all
-    /// in its copy already, or that is gone on both sides, needs no place on the target.
-    fn relation(&mut self, relation: Relation) {
-        if relation.name == self.settings.capture {
-            return self.schema.announce(relation.oid);
-        }
-        match self.relations.get(&relation.oid) {
-            Some(known) if known.relation == relation => {}
-            _ => {
-                let cut = self.settings.cuts.get(&relation.name).copied();
-                drop(self.relations.insert(relation.oid, Announced { relation, cut, plan: None }));
-            }
-        }
-    }
-
-    /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
-    async fn plan(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
-        let (at, known) = self.announced(oid)?;
-        if known.is_copied(at) {
-            return Ok(None);
-        }
-        if let Some(plan) = &known.plan {
-            return Ok(Some((Arc::clone(plan), at)));
-        }
-        let (name, query) = (known.relation.name.clone(), target_table_query(&known.relation.name));
-        self.free().await?;
-        let rows = self.pipeline()?.query(&query).await;
-        let rows = rows.doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
-        let target = target_table(&rows)?;
-        self.generations += 1;
-        let Some(known) = self.relations.get_mut(&oid) else {
-            return Err(Error::bug(format!("relation {oid} was forgotten")));
-        };
-        match Plan::new(&known.relation, target.as_ref(), &self.types, self.generations) {
-            Ok(plan) => Ok(Some((Arc::clone(known.plan.insert(Arc::new(plan))), at))),
-            Err(error) => Err(self.with_what_mends(error, oid, target.as_ref()).await),
-        }
-    }
-
-    /// The error with the statement that would give the target the shape of the source.
-    async fn with_what_mends(&mut self, error: Error, oid: u32, target: Option<&TargetTable>) -> Error {
-        let (Some(known), Some(target)) = (self.relations.get(&oid), target) else { return error };
-        let (relation, query) = (known.relation.clone(), type_names_query(&known.relation, &self.types));
-        let Ok(pipeline) = self.pipeline() else { return error };
-        let Ok(rows) = pipeline.query(&query).await else { return error };
-        let names: Vec<String> = rows.into_iter().flatten().flatten().collect();
-        let statement = mending(&relation, target, &self.types, &names);
-        error.hint(format!(
-            "run on the target: {statement} (a renamed column is RENAME COLUMN instead; if old rows got other values: \
-             `pgtandem resync {}`). Nothing of the change was applied",
-            relation.name.plain()
-        ))
-    }
-
-    /// The source lists every table that the statement emptied, also those that CASCADE reached, so the target must
-    /// not cascade further than they say.
-    async fn truncate(&mut self, relations: &[u32], restart_identity: bool) -> Result<()> {
-        let mut plans = Vec::with_capacity(relations.len());
-        let mut at = None;
-        for &relation in relations {
-            if let Some((plan, position)) = self.plan(relation).await? {
-                at = Some(position);
-                plans.push(plan);
-            }
-        }
-        let (Some(at), Some(first)) = (at, plans.first().map(Arc::clone)) else { return Ok(()) };
-        let mut names: Vec<String> = plans.iter().map(|plan| plan.truncated()).collect();
-        names.extend(self.emptied_whole(&plans).await?);
-        let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
-        let sql = format!("TRUNCATE {}{restart}", names.join(", "));
-        self.collect(Change { plan: first, at, row: Row::Truncate(sql.into()) }, |applied| applied.truncates += 1);
-        Ok(())
-    }
-
-    /// The partitioned tables on the target of which every partition is emptied. The stream names the partitions alone; a foreign
-    /// key that refers to one of them belongs to a whole table, which the server wants to see emptied at the same time.
-    async fn emptied_whole(&mut self, plans: &[Arc<Plan>]) -> Result<Vec<String>> {
-        let listed: Vec<String> = plans.iter().map(|plan| quote_literal(&plan.name.to_string())).collect();
-        let question = EMPTIED_WHOLE.replace("$1", &format!("ARRAY[{}]", listed.join(", ")));
-        self.free().await?;
-        let rows =
-            self.pipeline()?.query(&question).await.doing(|| "looking for tables whose partitions are emptied")?;
-        Ok(rows.into_iter().flatten().flatten().collect())
-    }
-
-    fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
+    pub(super) fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
         let is_there = self.ahead.as_ref().is_some_and(|ahead| ahead.has(&change));
         let batch = self.batch.get_or_insert_with(Batch::new);
         count(&mut batch.applied);
@@ -562,7 +344,7 @@ impl Applier {
     }
 
     /// Progress on the target, durable or not.
-    fn written(&self) -> Lsn {
+    pub(super) fn written(&self) -> Lsn {
         self.durable.borrow().lsn.max(self.volatile.unwrap_or_default())
     }
 
@@ -580,25 +362,12 @@ impl Applier {
     }
 }
 
-/// `$1`: tables that are emptied, quoted.
-const EMPTIED_WHOLE: &str = "
-    WITH listed AS (
-        SELECT pg_catalog.to_regclass(name)::pg_catalog.oid AS oid FROM unnest($1::text[]) AS names (name))
-    SELECT DISTINCT pg_catalog.format('%I.%I', n.nspname, c.relname)
-    FROM listed
-    CROSS JOIN LATERAL pg_catalog.pg_partition_ancestors(listed.oid) AS above (oid)
-    JOIN pg_catalog.pg_class c ON c.oid = above.oid AND c.relkind = 'p'
-    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-    WHERE NOT EXISTS (
-        SELECT FROM pg_catalog.pg_partition_tree(c.oid) AS below
-        WHERE below.isleaf AND below.relid NOT IN (SELECT oid FROM listed WHERE oid IS NOT NULL))";
-
 /// Following ends for a while: tables are to be copied, as the state says.
 fn tables_to_copy() -> Error {
     Error::new(Class::Retry, "tables_to_copy", "tables are to be copied again after a schema change")
 }
 
-fn out_of_place(what: &str) -> Error {
+pub(super) fn out_of_place(what: &str) -> Error {
     Error::bug(format!("the stream holds {what} outside a transaction"))
 }
 

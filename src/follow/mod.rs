@@ -18,6 +18,7 @@ mod lane;
 mod lanes;
 pub mod lookout;
 mod marker;
+mod messages;
 mod net;
 mod pipeline;
 mod queue;
