@@ -45,9 +45,10 @@ pub use self::gate::Gate;
 pub use self::marker::{Marker, MarkerWatch};
 use self::reading::{Opening, Reading};
 use self::slot::Slot;
-use self::streamed::{Bounds, SPILL_FAILED, Streamed};
+use self::streamed::{Bounds, SPILL_FAILED, STREAMING_FAILED, Streamed};
 use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::pgoutput::Protocol;
 use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server, Session, Side};
 use crate::state::Store;
@@ -145,9 +146,14 @@ impl Follow<'_> {
             let met_at = *reached.borrow();
             match outcome {
                 // What was here of transactions in progress is gone, and the source still has all of it.
-                Err(error) if error.code() == SPILL_FAILED && manner.streamed && !stop.is_cancelled() => {
+                Err(error)
+                    if [SPILL_FAILED, STREAMING_FAILED].contains(&error.code())
+                        && manner.streamed
+                        && !stop.is_cancelled() =>
+                {
                     tracing::warn!(
                         %error,
+                        code = error.code(),
                         hint = error.hint_text(),
                         "from here on the source keeps large transactions itself until they commit"
                     );
@@ -168,7 +174,8 @@ impl Follow<'_> {
                         && !stop.is_cancelled() =>
                 {
                     tracing::warn!(%error, "going on one by one up to the transaction in question");
-                    manner.one_by_one = met_at;
+                    // Also, what a person is called for must not come from the source's way of decoding what is in progress.
+                    manner = Manner { one_by_one: met_at, streamed: false };
                 }
                 other => return other,
             }
@@ -177,7 +184,7 @@ impl Follow<'_> {
 
     async fn attempt(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<()> {
         // Until the stream stands, nothing has begun that a stop would have to finish.
-        let Ends { reading, reader_stop, applier, backend, moved } = tokio::select! {
+        let Ends { reading, reader_stop, applier, backend, moved, streamed } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
             ends = self.begin(stop, manner, reached) => ends?,
@@ -220,7 +227,8 @@ impl Follow<'_> {
         match read {
             Err(error) if !stop.is_cancelled() => {
                 self.lost(&error, Side::Source);
-                Err(error.doing("reading the stream of the source"))
+                let error = error.doing("reading the stream of the source");
+                Err(if streamed { streamed::failed_on_the_source(error) } else { error })
             }
             _ => Ok(()),
         }
@@ -303,7 +311,7 @@ impl Follow<'_> {
             durable_at: Instant::now(),
             stop: stop.child_token(),
         };
-        Ok(Ends { reading, reader_stop, applier, backend, moved })
+        Ok(Ends { reading, reader_stop, applier, backend, moved, streamed: protocol > Protocol::V1 })
     }
 
     /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
@@ -370,6 +378,8 @@ struct Ends {
     moved: Moved,
     /// The process id of the applying session on the target.
     backend: i32,
+    /// The source sends large transactions while they are in progress.
+    streamed: bool,
 }
 
 /// How an attempt follows.

@@ -38,6 +38,13 @@
 //! ([`kept`]). Files are bounded as well. What fits in neither ends with the error [`SPILL_FAILED`], and nothing is lost by
 //! that: the source still has all of it, and keeps large transactions itself once it is asked with version 1.
 //!
+//! # Where the source fails
+//!
+//! To decode a transaction in progress, the source reads its catalog as that transaction saw it. Where it has sent changes behind a
+//! schema change that was then rolled back with its savepoint, and the same rows of the catalog were changed again later, it takes these rows
+//! for gone between the two: an internal error, again after each start. Version 1, which knows the whole transaction, does not
+//! have it (seen in 14 and in 18). So any internal error of the source is met by asking once more with version 1.
+//!
 //! Files are read and written on the thread that asks, which is the reader's own and serves nobody else.
 
 mod kept;
@@ -58,6 +65,9 @@ use crate::postgres::pgoutput::{Decoder, Message, Protocol, Unread};
 /// The code of the error with which reading ends because there is no room for transactions in progress. The caller asks the
 /// source to keep them.
 pub(super) const SPILL_FAILED: &str = "spill_failed";
+
+/// The code of the error with which the source gives up where it sends transactions in progress. The caller asks it to keep them.
+pub(super) const STREAMING_FAILED: &str = "streaming_failed";
 
 /// What a transaction takes beside its messages, in bytes, about: itself, and each thing that it remembers.
 const ENTRY: usize = 512;
@@ -369,7 +379,19 @@ fn unreadable(error: &std::io::Error) -> Error {
     no_room(&format!("they cannot be read back from the temporary folder: {error}"))
 }
 
+/// An error of the stream under version 2: if it is an internal one of the source, it may be its way of decoding.
+pub(super) fn failed_on_the_source(error: Error) -> Error {
+    match error.sqlstate() {
+        Some("XX000") => error.recoded(Class::Wait, "streaming_failed"),
+        _ => error,
+    }
+}
+
 fn no_room(why: &str) -> Error {
-    Error::new(Class::Wait, SPILL_FAILED, format!("there is no room for the source's transactions in progress: {why}"))
-        .hint("raise follow.spill_max_bytes, or make room in the daemon's temporary folder (TMPDIR)")
+    Error::new(
+        Class::Wait,
+        "spill_failed",
+        format!("there is no room for the source's transactions in progress: {why}"),
+    )
+    .hint("raise follow.spill_max_bytes, or make room in the daemon's temporary folder (TMPDIR)")
 }

@@ -169,6 +169,21 @@ struct Played {
     expected: Vec<Message>,
 }
 
+/// How far a transaction is.
+struct Playing<'a> {
+    acts: std::slice::Iter<'a, Act>,
+    began: bool,
+    /// What it would bring, and who of it did that.
+    holds: Vec<(u32, Bytes)>,
+    ended: bool,
+}
+
+impl<'a> Playing<'a> {
+    fn of(transaction: &'a Transaction) -> Self {
+        Self { acts: transaction.acts.iter(), began: false, holds: Vec::new(), ended: false }
+    }
+}
+
 /// Plays transactions, a block of one after a block of another as `turns` say.
 fn play(transactions: &[Transaction], turns: &[usize]) -> Played {
     let mut played = Played { sent: Vec::new(), expected: Vec::new() };
@@ -177,19 +192,17 @@ fn play(transactions: &[Transaction], turns: &[usize]) -> Played {
         number += 1;
         number
     };
-    // What is left of each, whether it began, and what it holds.
-    let mut open: Vec<(std::slice::Iter<'_, Act>, bool, Vec<(u32, Bytes)>, bool)> =
-        transactions.iter().map(|transaction| (transaction.acts.iter(), false, Vec::new(), false)).collect();
+    let mut all: Vec<Playing<'_>> = transactions.iter().map(Playing::of).collect();
     let everyone = (0..transactions.len()).cycle().take(transactions.len() * 30);
     for at in turns.iter().map(|turn| turn % transactions.len()).chain(everyone) {
         let Transaction { ending, small, .. } = transactions[at];
-        let (acts, began, holds, ended) = &mut open[at];
+        let Playing { acts, began, holds, ended } = &mut all[at];
         if *ended {
             continue;
         }
         let top = xid(at, 0);
         let mut over = true;
-        let mut aborts = Vec::new();
+        let mut rolled_back = None;
         let first = !std::mem::replace(began, true);
         if !small {
             played.sent.push(stream_start(top, first));
@@ -199,9 +212,9 @@ fn play(transactions: &[Transaction], turns: &[usize]) -> Played {
                 Act::Insert(sub, row, size) => (sub, insert(1, row, size)),
                 Act::Describe(sub, oid) => (sub, relation(oid, next())),
                 Act::Logical => (0, logical()),
-                // Its end is known, and its changes are there, before a block in which it has none.
+                // A rollback is told between blocks.
                 Act::RollBack(sub) => {
-                    aborts.push(sub);
+                    rolled_back = Some(sub);
                     over = false;
                     break;
                 }
@@ -218,15 +231,11 @@ fn play(transactions: &[Transaction], turns: &[usize]) -> Played {
         if !small {
             played.sent.push(stream_stop());
         }
-        for sub in aborts {
-            // A number is used once; the model gives those that come later another one.
+        if let Some(sub) = rolled_back {
             if !small {
                 played.sent.push(stream_abort(top, xid(at, sub)));
             }
             holds.retain(|(own, message)| *own != xid(at, sub) || (message[0] == b'R' && !small));
-            for (own, _) in holds.iter_mut().filter(|(own, _)| *own == xid(at, sub)) {
-                *own = top;
-            }
         }
         if !over {
             continue;
