@@ -210,8 +210,8 @@ impl Reader {
                 Event::Keepalive { sent, reply: asked } => {
                     *reply |= asked;
                     self.received = self.received.max(sent);
-                    // Whatever is in progress commits later than this, and would be sent again from its beginning. In the middle
-                    // of a block, as of a transaction, it is better not to think about what the position means.
+                    // Between blocks: whatever is in progress commits later than this, and would be sent again from its beginning.
+                    // Inside one, as inside a transaction, what the position belongs to is not complete here.
                     if !self.inside_transaction && !self.streamed.in_block() {
                         chunk.push(Delivery::Idle(sent), 16);
                     }
