@@ -112,6 +112,7 @@ impl Judge<'_> {
         let batch_max_delay =
             self.duration("follow.batch_max_delay", Duration::from_millis(1)..=Duration::from_secs(60));
         let batch_max_bytes = self.size("follow.batch_max_bytes", 64 << 10..=1 << 30);
+        let spill_max_bytes = self.size("follow.spill_max_bytes", 0..=16 << 40);
         let ddl = self.word("follow.ddl", &[("replicate", Ddl::Replicate), ("stop", Ddl::Stop)]);
         let missing_row =
             self.word("follow.missing_row", &[("stop", MissingRow::Stop), ("record", MissingRow::Record)]);
@@ -124,6 +125,7 @@ impl Judge<'_> {
             workers: workers?,
             batch_max_delay: batch_max_delay?,
             batch_max_bytes: batch_max_bytes?,
+            spill_max_bytes: spill_max_bytes?,
             ddl: ddl?,
             missing_row: missing_row?,
             without_identity: without_identity?,

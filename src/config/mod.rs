@@ -198,6 +198,8 @@ pub struct Follow {
     pub batch_max_delay: Duration,
     /// In bytes; a batch is committed once it holds this much.
     pub batch_max_bytes: u64,
+    /// In bytes; the disk for transactions that the source sends while they are in progress. 0: it is not asked to.
+    pub spill_max_bytes: u64,
     /// `follow.ddl`
     pub ddl: Ddl,
     /// `follow.missing_row`

@@ -126,7 +126,7 @@ impl Applier {
             // Where a change came from before it reached the source does not matter to the target, and other
             // programs' messages are theirs. The marker is recognised by its transaction.
             Message::Origin { .. } | Message::Logical { .. } => {}
-            // Only whole transactions were asked for, once they committed; and a beginning was taken at once.
+            // Only whole transactions come here, put together where they came in parts; and a beginning was taken at once.
             Message::Begin { .. }
             | Message::StreamStart { .. }
             | Message::StreamStop

@@ -30,6 +30,7 @@ mod row;
 mod sets;
 mod shares;
 mod slot;
+mod streamed;
 pub mod subscription;
 mod target_table;
 pub mod unkeyed;
@@ -47,8 +48,10 @@ pub use self::gate::Gate;
 pub use self::marker::{Marker, MarkerWatch};
 use self::reading::{Opening, Reading};
 use self::slot::Slot;
+use self::streamed::{Bounds, SPILL_FAILED, STREAMING_FAILED, Streamed};
 use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::pgoutput::Protocol;
 use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server, Side};
 use crate::state::Store;
@@ -143,20 +146,46 @@ impl Follow<'_> {
         self.gate.engage(false);
         self.marker.recognise_by_position(false);
         let reached = watch::channel(Lsn::ZERO).0;
-        let outcome = self.attempt(stop, Lsn::ZERO, &reached).await;
-        let met_at = *reached.borrow();
-        match outcome {
-            // A person is to find everything before the transaction in question on the target, and nothing of it: what
-            // they then change there must not meet changes that came before. And what makes several workers wait, the first can wait for alone.
-            Err(error)
-                if (error.class() == Class::Operator || self.waited_in_vain(&error))
-                    && met_at > Lsn::ZERO
-                    && !stop.is_cancelled() =>
-            {
-                tracing::warn!(%error, "going on one by one up to the transaction in question");
-                self.attempt(stop, met_at, &reached).await
+        let mut manner = Manner { one_by_one: Lsn::ZERO, streamed: self.config.follow.spill_max_bytes > 0 };
+        loop {
+            let outcome = self.attempt(stop, manner, &reached).await;
+            let met_at = *reached.borrow();
+            match outcome {
+                // What was here of transactions in progress is gone, and the source still has all of it.
+                Err(error)
+                    if [SPILL_FAILED, STREAMING_FAILED].contains(&error.code())
+                        && manner.streamed
+                        && !stop.is_cancelled() =>
+                {
+                    tracing::warn!(
+                        %error,
+                        code = error.code(),
+                        hint = error.hint_text(),
+                        "from here on the source keeps large transactions itself until they commit"
+                    );
+                    manner.streamed = false;
+                    let slot = Slot::new(self.source, &self.config.name);
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => return Ok(()),
+                        released = slot.released() => released?,
+                    }
+                }
+                // A person is to find everything before the transaction in question on the target, and nothing of it: what
+                // they then change there must not meet changes that came before. And what makes several workers wait, the
+                // first can wait for alone.
+                Err(error)
+                    if (error.class() == Class::Operator || self.waited_in_vain(&error))
+                        && met_at > Lsn::ZERO
+                        && manner.one_by_one == Lsn::ZERO
+                        && !stop.is_cancelled() =>
+                {
+                    tracing::warn!(%error, "going on one by one up to the transaction in question");
+                    // Also, what a person is called for must not come from the source's way of decoding what is in progress.
+                    manner = Manner { one_by_one: met_at, streamed: false };
+                }
+                other => return other,
             }
-            other => other,
         }
     }
 
@@ -165,12 +194,12 @@ impl Follow<'_> {
         self.config.follow.workers.get() > 1 && error.sqlstate() == Some("55P03")
     }
 
-    async fn attempt(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<()> {
+    async fn attempt(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<()> {
         // Until the stream stands, nothing has begun that a stop would have to finish.
-        let Ends { reading, reader_stop, applier, backends, moved } = tokio::select! {
+        let Ends { reading, reader_stop, applier, backends, moved, streamed } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
-            ends = self.begin(stop, one_by_one, reached) => ends?,
+            ends = self.begin(stop, manner, reached) => ends?,
         };
         // The applier stops first and commits what is complete; the reader then sees the queue closed, confirms once
         // more and lets the slot go. If the reader fails, the applier sees the queue end and commits what is complete.
@@ -210,14 +239,15 @@ impl Follow<'_> {
         match read {
             Err(error) if !stop.is_cancelled() => {
                 self.lost(&error, Side::Source);
-                Err(error.doing("reading the stream of the source"))
+                let error = error.doing("reading the stream of the source");
+                Err(if streamed { streamed::failed_on_the_source(error) } else { error })
             }
             _ => Ok(()),
         }
     }
 
     /// Opens what both ends need, from durable progress on.
-    async fn begin(&self, stop: &CancellationToken, one_by_one: Lsn, reached: &watch::Sender<Lsn>) -> Result<Ends> {
+    async fn begin(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<Ends> {
         let slot = Slot::new(self.source, &self.config.name);
         // What an earlier batch still commits would not be in what is read next.
         self.end_earlier().await?;
@@ -242,6 +272,8 @@ impl Follow<'_> {
         let moved = tables.iter().map(|table| table.name.clone()).filter(|name| !self.gone.contains(name));
         let moved = Moved::new(moved.collect());
         let (sender, receiver) = queue::queue((self.config.follow.batch_max_bytes / 2).max(1 << 20));
+        let protocol = reading::protocol(version, manner.streamed);
+        let streamed = Streamed::new(protocol, Bounds::with_disk(self.config.follow.spill_max_bytes));
         let opening = Opening {
             source: self.source.clone(),
             slot: slot.clone(),
@@ -249,9 +281,10 @@ impl Follow<'_> {
             publications: self.publications.to_vec(),
             version,
             from: progress.lsn,
+            protocol,
         };
         let (durable, telemetry) = (self.durable.subscribe(), self.telemetry.clone());
-        let reader = move |stream| reader::Reader::new(stream, slot, sender, durable, telemetry);
+        let reader = move |stream| reader::Reader::new(stream, slot, sender, durable, telemetry, streamed);
         let reader_stop = CancellationToken::new();
         let reading = Reading::start(opening, reader, reader_stop.clone()).await?;
         let applier = apply::Applier {
@@ -259,7 +292,7 @@ impl Follow<'_> {
                 move_name: self.config.name.clone(),
                 batch_max_delay: self.config.follow.batch_max_delay,
                 batch_max_bytes: self.config.follow.batch_max_bytes,
-                one_by_one,
+                one_by_one: manner.one_by_one,
                 until: self.until,
                 cuts: apply::cuts(&tables, self.until)?,
                 ddl: self.config.follow.ddl,
@@ -288,7 +321,7 @@ impl Follow<'_> {
             durable_at: Instant::now(),
             stop: stop.child_token(),
         };
-        Ok(Ends { reading, reader_stop, applier, backends, moved })
+        Ok(Ends { reading, reader_stop, applier, backends, moved, streamed: protocol > Protocol::V1 })
     }
 
     /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
@@ -383,6 +416,17 @@ struct Ends {
     moved: Moved,
     /// The process ids of the applying sessions on the target.
     backends: Vec<i32>,
+    /// The source sends large transactions while they are in progress.
+    streamed: bool,
+}
+
+/// How an attempt follows.
+#[derive(Clone, Copy)]
+struct Manner {
+    /// [`Settings::one_by_one`]
+    one_by_one: Lsn,
+    /// The source sends large transactions while they are in progress, if it can.
+    streamed: bool,
 }
 
 /// Completes [`STOP_GRACE`] after the stop.

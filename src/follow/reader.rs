@@ -1,10 +1,12 @@
 //! The reading end: takes messages off the stream, decodes them, hands them on in order, and confirms.
 //!
 //! Promises: never confirms more than the applier made durable; keeps talking to the source while the target makes it
-//! wait, so that `wal_sender_timeout` does not strike; notices a source that went silent.
+//! wait, so that `wal_sender_timeout` does not strike; notices a source that went silent; hands on whole transactions that
+//! committed, also where the source sends them before ([`super::streamed`]).
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -13,6 +15,7 @@ use super::Durable;
 use super::queue::{Sender, Weight};
 use super::rhythm::Rhythm;
 use super::slot::Slot;
+use super::streamed::{SPILL_FAILED, Streamed};
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
@@ -57,6 +60,26 @@ pub(super) struct Reader {
     rhythm: Rhythm,
     /// Nothing is read before.
     rest: Option<Instant>,
+    streamed: Streamed,
+}
+
+/// What is handed on at once.
+#[derive(Default)]
+struct Chunk {
+    deliveries: Vec<Delivery>,
+    bytes: usize,
+    /// What was looked at, also what is not handed on.
+    work: usize,
+    /// There is nothing more to look at.
+    last: bool,
+}
+
+impl Chunk {
+    fn push(&mut self, delivery: Delivery, bytes: usize) {
+        self.deliveries.push(delivery);
+        self.bytes += bytes;
+        self.work += bytes;
+    }
 }
 
 /// Reads what has arrived, once it is time to. Cancellation safe.
@@ -78,6 +101,7 @@ impl Reader {
         queue: Sender<Vec<Delivery>>,
         durable: watch::Receiver<Durable>,
         telemetry: Telemetry,
+        streamed: Streamed,
     ) -> Self {
         let mut status = interval(STATUS_EVERY);
         status.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -95,6 +119,7 @@ impl Reader {
             last_heard: Instant::now(),
             rhythm: Rhythm::default(),
             rest: None,
+            streamed,
         }
     }
 
@@ -102,9 +127,14 @@ impl Reader {
     /// exactly where the target is.
     pub(super) async fn run(mut self, stop: CancellationToken) -> Result<()> {
         let outcome = self.read(&stop).await;
-        if outcome.is_ok() {
-            self.confirm(false).await?;
-            self.stream.close().await;
+        match &outcome {
+            Ok(()) => {
+                self.confirm(false).await?;
+                self.stream.close().await;
+            }
+            // The caller reads on in another way, and needs the slot for that.
+            Err(error) if error.code() == SPILL_FAILED => self.stream.close().await,
+            Err(_) => {}
         }
         outcome
     }
@@ -135,49 +165,68 @@ impl Reader {
     async fn hand_on(&mut self) -> Result<bool> {
         let mut reply = false;
         loop {
-            let mut chunk = Vec::new();
-            let mut bytes = 0;
-            while bytes < CHUNK {
-                let Some(event) = self.stream.buffered()? else { break };
-                match event {
-                    Event::Data { start, payload } => {
-                        // Bookkeeping of a message costs memory too; small rows must not slip past the bound.
-                        bytes += payload.len() + 128;
-                        chunk.push(Delivery::Message(self.decode(start, &payload)?));
-                    }
-                    Event::Keepalive { sent, reply: asked } => {
-                        reply |= asked;
-                        self.received = self.received.max(sent);
-                        if !self.inside_transaction {
-                            bytes += 16;
-                            chunk.push(Delivery::Idle(sent));
-                        }
-                    }
-                }
-            }
+            let chunk = self.chunk(&mut reply)?;
             self.telemetry.received(self.received);
-            if chunk.is_empty() {
+            let held = self.streamed.held();
+            self.telemetry.queue("unfinished", held.memory as u64);
+            self.telemetry.queue("spill", held.disk);
+            if chunk.deliveries.is_empty() && chunk.last {
                 if reply {
                     self.confirm(false).await?;
                 }
                 return Ok(true);
             }
-            let Some(weight) = self.room(bytes).await? else { return Ok(false) };
-            if !self.queue.send(chunk, weight) {
+            // Also where all of it was rolled back: gigabytes of that must not keep us from the source.
+            let Some(weight) = self.room(chunk.bytes).await? else { return Ok(false) };
+            if !chunk.deliveries.is_empty() && !self.queue.send(chunk.deliveries, weight) {
                 return Ok(false);
             }
             self.telemetry.queue("apply", self.queue.waiting_bytes());
         }
     }
 
-    fn decode(&mut self, start: Lsn, payload: &bytes::Bytes) -> Result<Message> {
-        let message = Message::decode(payload).map_err(|malformed| {
-            Error::new(Class::Bug, "stream_malformed", format!("the message at {start} cannot be read: {malformed}"))
-                .hint("nothing was applied beyond the last progress; please report this with the source's version")
-        })?;
+    /// The next chunk of what was read. What a transaction on its way out still holds comes before the next message.
+    fn chunk(&mut self, reply: &mut bool) -> Result<Chunk> {
+        let mut chunk = Chunk::default();
+        while chunk.work < CHUNK {
+            // Bookkeeping of a message costs memory too; small rows must not slip past the bound.
+            if let Some(step) = self.streamed.step()? {
+                match step.message {
+                    Some(message) => chunk.push(Delivery::Message(message), step.bytes + 128),
+                    None => chunk.work += step.bytes,
+                }
+                continue;
+            }
+            let Some(event) = self.stream.buffered()? else {
+                chunk.last = true;
+                break;
+            };
+            match event {
+                Event::Data { start, payload } => {
+                    if let Some(message) = self.take(start, &payload)? {
+                        chunk.push(Delivery::Message(message), payload.len() + 128);
+                    }
+                }
+                Event::Keepalive { sent, reply: asked } => {
+                    *reply |= asked;
+                    self.received = self.received.max(sent);
+                    // Between blocks: whatever is in progress commits later than this, and would be sent again from its beginning.
+                    // Inside one, as inside a transaction, what the position belongs to is not complete here.
+                    if !self.inside_transaction && !self.streamed.in_block() {
+                        chunk.push(Delivery::Idle(sent), 16);
+                    }
+                }
+            }
+        }
+        Ok(chunk)
+    }
+
+    /// A message that is handed on at once, if it is.
+    fn take(&mut self, start: Lsn, payload: &Bytes) -> Result<Option<Message>> {
+        let message = self.streamed.take(start, payload)?;
         match &message {
-            Message::Begin { .. } => self.inside_transaction = true,
-            Message::Commit { end_lsn, .. } => {
+            Some(Message::Begin { .. }) => self.inside_transaction = true,
+            Some(Message::Commit { end_lsn, .. }) => {
                 self.inside_transaction = false;
                 self.received = self.received.max(*end_lsn);
             }
@@ -192,7 +241,6 @@ impl Reader {
             tokio::select! {
                 biased;
                 () = self.queue.closed() => return Ok(None),
-                weight = self.queue.room(bytes) => return Ok(weight),
                 changed = self.durable.changed() => match changed {
                     Ok(()) => self.confirm(false).await?,
                     Err(_) => return Ok(None),
@@ -202,6 +250,8 @@ impl Reader {
                     self.last_heard = Instant::now();
                     self.confirm(false).await?;
                 }
+                // The last, so that the source hears from us also where there always is room.
+                weight = self.queue.room(bytes) => return Ok(weight),
             }
         }
     }

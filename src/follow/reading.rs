@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::reader::Reader;
 use super::slot::{self, Slot};
 use crate::error::{Class, Error, Result};
+use crate::postgres::pgoutput::Protocol;
 use crate::postgres::replication::{ReplicationStream, Walsender};
 use crate::postgres::{Lsn, Server, quote_identifier};
 use crate::state::MoveRecord;
@@ -23,6 +24,13 @@ pub(super) struct Opening {
     /// `server_version_num` of the source.
     pub version: i32,
     pub from: Lsn,
+    /// [`protocol`]
+    pub protocol: Protocol,
+}
+
+/// What to agree on with a source of this version: whether it sends large transactions while they are in progress. 13 cannot.
+pub(super) fn protocol(version: i32, streamed: bool) -> Protocol {
+    if streamed && version >= 140_000 { Protocol::V2 } else { Protocol::V1 }
 }
 
 impl Opening {
@@ -30,7 +38,13 @@ impl Opening {
         let mut walsender = Walsender::connect(&self.source, "stream").await?;
         slot::check_identity(self.record.as_ref(), &walsender.identify_system().await?)?;
         let publications: Vec<String> = self.publications.iter().map(|name| quote_identifier(name)).collect();
-        let mut options = vec![("proto_version", "1".to_owned()), ("publication_names", publications.join(","))];
+        let mut options = vec![("publication_names", publications.join(","))];
+        match self.protocol {
+            Protocol::V1 => options.push(("proto_version", "1".to_owned())),
+            // Nothing of the later ones is wanted: prepared transactions come when they commit, and one applier needs no hints for
+            // several.
+            _ => options.extend([("proto_version", "2".to_owned()), ("streaming", "on".to_owned())]),
+        }
         // From 15 on a transaction in which nothing is published is not sent at all, and the marker is such a one: only
         // its message makes it travel. 13 knows no messages and sends every transaction.
         if self.version >= 140_000 {

@@ -3,7 +3,7 @@
 //! Owns the questions to the source outside the stream. Must never follow a source whose history is not the one that the
 //! target holds: it would mix two.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::config::MoveName;
 use crate::error::{Class, Doing, Error, Result};
@@ -87,6 +87,21 @@ impl Slot {
         let position = |text: Option<String>| text.and_then(|text| text.parse::<Lsn>().ok());
         check_head(position(row.try_get(5)?), progress)?;
         Ok(Seen { confirmed: position(row.try_get(1)?), version: row.try_get(4)? })
+    }
+
+    /// Waits until nobody reads it, but not long: a walsender that is busy sees late that its client is gone.
+    pub(super) async fn released(&self) -> Result<()> {
+        let session = self.source.connect("slot").await?;
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            let row = session.query_opt(READER, &[&self.name]).await.doing(|| "looking who reads the slot")?;
+            let reader: Option<i32> = row.map(|row| row.try_get(0)).transpose()?.flatten();
+            if reader.is_none() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
     }
 
     /// Whether the walsender works although it says nothing: it decodes a huge transaction of which nothing is

@@ -26,6 +26,7 @@ mod schema;
 mod schema_changes;
 mod scope;
 mod sets;
+mod streamed;
 mod subscription;
 mod telemetry;
 mod unkeyed;

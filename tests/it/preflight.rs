@@ -426,6 +426,7 @@ fn config() -> Config {
             workers: few,
             batch_max_delay: Duration::from_millis(200),
             batch_max_bytes: 1 << 25,
+            spill_max_bytes: 8 << 30,
             ddl: Ddl::Replicate,
             missing_row: MissingRow::Stop,
             without_identity: WithoutIdentity::Watch,

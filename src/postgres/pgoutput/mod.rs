@@ -46,6 +46,19 @@ pub struct Decoded {
     pub message: Message,
 }
 
+/// A message inside a streamed block, read only as far as it takes to put it aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unread<'a> {
+    /// The first byte of the message.
+    pub kind: u8,
+    /// The transaction or subtransaction that it belongs to; Origin, which speaks of a whole transaction, names none.
+    pub xid: Option<u32>,
+    /// What it describes, if it describes something: the oid of a relation or of a type.
+    pub described: Option<u32>,
+    /// What follows kind and xid. Together with the kind it is the same message outside of a block.
+    pub rest: &'a [u8],
+}
+
 /// Decodes the messages of one stream in their order.
 #[derive(Debug, Clone)]
 pub struct Decoder {
@@ -75,6 +88,15 @@ impl Decoder {
             _ => {}
         }
         Ok(decoded)
+    }
+
+    /// The next message, if it stands inside a block and is none that ends it. It is checked no further than it is
+    /// read: what [`Message::decode`] says of the rest counts.
+    ///
+    /// # Errors
+    /// The message ends before what is read of it.
+    pub fn peek<'a>(&self, bytes: &'a Bytes) -> Result<Option<Unread<'a>>, Malformed> {
+        if self.in_block { reader::unread(bytes) } else { Ok(None) }
     }
 }
 

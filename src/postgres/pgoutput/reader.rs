@@ -5,7 +5,9 @@
 
 use bytes::{Buf, Bytes};
 
-use super::{Aborted, Decoded, Malformed, Message, OldTuple, Prepared, Protocol, Relation, RelationColumn, Tuple};
+use super::{
+    Aborted, Decoded, Malformed, Message, OldTuple, Prepared, Protocol, Relation, RelationColumn, Tuple, Unread,
+};
 use crate::postgres::{Lsn, QualifiedName};
 
 /// Microseconds between 1970-01-01 and 2000-01-01, where PostgreSQL's timestamps begin.
@@ -34,7 +36,7 @@ impl<'a> Reader<'a> {
 
     pub(super) fn message(&mut self) -> Result<Decoded, Malformed> {
         let kind = self.cursor.u8("the kind of message")?;
-        if let b'R' | b'Y' | b'I' | b'U' | b'D' | b'T' | b'M' = kind {
+        if is_change(kind) {
             let xid = if self.in_block { Some(self.cursor.u32("the xid of a change")?) } else { None };
             return Ok(Decoded { xid, message: self.change(kind)? });
         }
@@ -223,6 +225,28 @@ impl<'a> Reader<'a> {
             },
         })
     }
+}
+
+/// Inside a block these name their transaction.
+fn is_change(kind: u8) -> bool {
+    matches!(kind, b'R' | b'Y' | b'I' | b'U' | b'D' | b'T' | b'M')
+}
+
+/// The beginning of a message inside a block; `None` for what is no part of a transaction's content.
+pub(super) fn unread(bytes: &[u8]) -> Result<Option<Unread<'_>>, Malformed> {
+    let mut cursor = Cursor::new(bytes);
+    let kind = cursor.u8("the kind of message")?;
+    if !is_change(kind) && kind != b'O' {
+        return Ok(None);
+    }
+    let xid = if is_change(kind) { Some(cursor.u32("the xid of a change")?) } else { None };
+    let rest = cursor.rest();
+    let described = match kind {
+        b'R' => Some(cursor.u32("a relation's oid")?),
+        b'Y' => Some(cursor.u32("a type's oid")?),
+        _ => None,
+    };
+    Ok(Some(Unread { kind, xid, described, rest }))
 }
 
 fn prepare(cursor: &mut Cursor<'_>) -> Result<Prepared, Malformed> {

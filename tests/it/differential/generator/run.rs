@@ -27,8 +27,17 @@ impl Stage {
     pub fn start((from, to): (u16, u16)) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let (source, target) = runtime.block_on(async {
-            let server = |version| Cluster::builder(version).set("max_prepared_transactions", "20").start();
-            let (source, target) = tokio::join!(server(from), server(to));
+            let server = |version| Cluster::builder(version).set("max_prepared_transactions", "20");
+            // Every other pair has a source that sends transactions while they are in progress; which one is told by the versions, so
+            // that a seed repeats it. What takes more than 64 kB is sent so, and from 16 on every single change can be.
+            let source = match (from, to) {
+                (16.., to) if (from + to) % 2 == 1 => {
+                    server(from).set("debug_logical_replication_streaming", "immediate")
+                }
+                (_, to) if (from + to) % 2 == 1 => server(from).set("logical_decoding_work_mem", "64kB"),
+                _ => server(from),
+            };
+            let (source, target) = tokio::join!(source.start(), server(to).start());
             for cluster in [&source, &target] {
                 cluster.execute(&format!("create role app login replication password '{PASSWORD}'")).await;
             }
