@@ -30,7 +30,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use foldhash::fast::RandomState;
+use ahash::RandomState;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 

@@ -27,7 +27,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use foldhash::fast::RandomState;
+use ahash::RandomState;
 
 use super::change::{Change, Row};
 use super::relation::{Finder, Plan};
