@@ -189,9 +189,9 @@ impl Follow<'_> {
         }
     }
 
-    /// Whether one of several workers gave up waiting for a lock.
+    /// Whether one of several workers gave up waiting for a lock, or was made to.
     fn waited_in_vain(&self, error: &Error) -> bool {
-        self.config.follow.workers.get() > 1 && error.sqlstate() == Some("55P03")
+        self.config.follow.workers.get() > 1 && matches!(error.sqlstate(), Some("55P03" | "40P01"))
     }
 
     async fn attempt(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<()> {

@@ -63,9 +63,13 @@ impl Division {
                 tables.insert(change.plan.generation, (&change.plan, 0, false));
             }
         }
-        // Another shape of a table, in the same batch, decides for both.
-        let whole: HashSet<&QualifiedName> =
-            tables.values().filter(|(_, _, splits)| !splits).map(|(plan, ..)| &plan.name).collect();
+        // Two shapes of a table in the same batch may have different keys.
+        let mut names = HashSet::new();
+        let whole: HashSet<&QualifiedName> = tables
+            .values()
+            .filter(|(plan, _, splits)| !names.insert(&plan.name) || !splits)
+            .map(|(plan, ..)| &plan.name)
+            .collect();
         let split = tables
             .values()
             .filter(|(plan, count, _)| *count >= SPLIT_FROM && !whole.contains(&plan.name))

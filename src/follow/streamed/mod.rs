@@ -230,7 +230,13 @@ impl Streamed {
             if described.is_none() && committed.rolled_back.contains(&record.xid) {
                 return Ok(Some(Step { message: None, bytes }));
             }
-            let message = Message::decode(&record.message).map_err(|why| malformed(record.start, &why))?;
+            // A row keeps the block that it lies in. What was rolled back around it would be kept too, and counted by nobody.
+            let bare = if committed.rolled_back.is_empty() {
+                record.message.clone()
+            } else {
+                Bytes::copy_from_slice(&record.message)
+            };
+            let message = Message::decode(&bare).map_err(|why| malformed(record.start, &why))?;
             if let Some(described) = described {
                 let last = committed.described.get(&described).copied().unwrap_or_default();
                 self.overtakes(described, last, &record.message);
