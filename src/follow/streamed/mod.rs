@@ -87,7 +87,7 @@ pub(super) struct Bounds {
 impl Bounds {
     /// Those of a daemon whose files may hold so many bytes.
     pub(super) fn with_disk(disk: u64) -> Self {
-        Self { memory: 16 << 20, disk, files: 256 }
+        Self { memory: 32 << 20, disk, files: 256 }
     }
 }
 
