@@ -292,9 +292,13 @@ async fn what_does_not_fit_at_all_stays_on_the_source_until_it_commits() {
         let a = sides.large(100_000, 60_000).await;
         let b = sides.large(300_000, 60_000).await;
         daemon.wait_for_log("the source keeps large transactions itself", PATIENCE).await;
-        let sent = sides.sent_in_progress().await;
         run(&b, "commit").await;
         sides.from.execute("insert into log values ('between')").await;
+        let between = "select count(*) from log where log::text like '%between%'";
+        wait_until("what came between is there", PATIENCE, async || sides.to.query_string(between).await == "1").await;
+        // The source counts what it sent a moment later; by now it has.
+        wait_until("the source has counted", PATIENCE, async || sides.sent_in_progress().await > 0).await;
+        let sent = sides.sent_in_progress().await;
         run(&a, &rows(200_000, 1000)).await;
         run(&a, "commit").await;
 
