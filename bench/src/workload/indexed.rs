@@ -26,7 +26,7 @@ pub(super) async fn set_up(place: &Place<'_>) -> Result<()> {
                 .to_owned(),
             format!(
                 "INSERT INTO parcel
-                 SELECT i, i % 50000, i % 7, 'city ' || i % 3000, i * 7919 % 20000,
+                 SELECT i, i % 50000, i % 7, 'city ' || i % 3000, i::int8 * 7919 % 20000,
                         timestamptz '2026-01-01 00:00:00+00' + i * interval '7 seconds', md5(i::text)
                  FROM generate_series(1, {rows}) i"
             ),

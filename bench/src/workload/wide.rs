@@ -54,13 +54,13 @@ pub(super) async fn make_backlog(place: &Place<'_>) -> Result<()> {
             "UPDATE document SET attributes = attributes || jsonb_build_object('seen', {from}, 'by', md5(id::text)),
                     tags = tags[2:] || ARRAY['tag ' || {from}], n1 = n1 + 1, n2 = n2 + id::int % 5, t1 = md5(t1),
                     changed_at = clock_timestamp()
-             WHERE id IN (SELECT 1 + i * 7919 % {all} FROM generate_series({from}, {to}) i)"
+             WHERE id IN (SELECT 1 + i::int8 * 7919 % {all} FROM generate_series({from}, {to}) i)"
         ));
     });
     in_chunks(place.scaled(TEXT_UPDATES), |from, to| {
         statements.push(format!(
             "UPDATE document SET body = (SELECT string_agg(md5(id || '/' || n || '/new'), '') FROM generate_series(1, 256) n)
-             WHERE id IN (SELECT 1 + i * 104729 % {all} FROM generate_series({from}, {to}) i)"
+             WHERE id IN (SELECT 1 + i::int8 * 104729 % {all} FROM generate_series({from}, {to}) i)"
         ));
     });
     in_chunks(place.scaled(DELETES), |from, to| {
