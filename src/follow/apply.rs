@@ -30,15 +30,15 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use ahash::RandomState;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::announced::Announced;
 use super::change::{Change, Position};
 use super::ddl::{Moved, SchemaChanges};
+use super::early::{Early, IN_THE_WAY, Part};
 use super::executor::{End, Work};
 use super::lanes::Lanes;
-use super::messages::Announced;
 use super::pipeline::Pipeline;
 use super::queue::Receiver;
 use super::reader::Delivery;
@@ -58,6 +58,8 @@ const DURABLE_EVERY: Duration = Duration::from_millis(500);
 pub(super) struct Applier {
     pub settings: Settings,
     pub lane: Lanes,
+    /// Applies one transaction that has not committed on the source yet.
+    pub early: Early,
     /// What is on the target already beyond progress, until progress has passed it.
     pub ahead: Option<Ahead>,
     /// To say what became of a schema change whose batch is given up.
@@ -71,9 +73,8 @@ pub(super) struct Applier {
     pub telemetry: Telemetry,
     /// The commit of the newest transaction that was begun.
     pub reached: watch::Sender<Lsn>,
-    /// By the oid that the stream gives them.
-    pub relations: HashMap<u32, Announced, RandomState>,
-    pub types: HashMap<u32, QualifiedName>,
+    /// What the stream said of relations and types.
+    pub announced: Announced,
     pub generations: u64,
     pub transaction: Option<Position>,
     pub batch: Option<Batch>,
@@ -108,6 +109,11 @@ struct Whole {
 }
 
 impl Batch {
+    /// Of a transaction that is on the target already, in the target transaction that is open.
+    pub(super) fn applied_early(applied: BatchApplied) -> Self {
+        Self { begun: true, applied, ..Self::new() }
+    }
+
     fn new() -> Self {
         Self {
             since: Instant::now(),
@@ -132,17 +138,23 @@ impl Applier {
             if self.lane.is_free() && self.is_due() && self.may_begin() {
                 self.hand_over()?;
             }
+            self.early.go_on(self.queue.is_empty())?;
             let idle_due = self.idle.filter(|_| self.is_between()).map(|_| self.idle_written + IDLE_PROGRESS_EVERY);
-            let has_room = self.batch.as_ref().is_none_or(|batch| batch.bytes < self.settings.batch_max_bytes);
+            let has_room = self.batch.as_ref().is_none_or(|batch| batch.bytes < self.settings.batch_max_bytes)
+                && self.early.has_room();
             let whole = self.batch.as_ref().filter(|batch| batch.whole.is_some() && self.lane.is_free());
             let old = whole.filter(|_| self.may_begin()).map(|batch| batch.since + self.settings.batch_max_delay);
             let begun = self.batch.as_ref().is_some_and(|batch| batch.begun);
             let volatile = self.volatile.filter(|_| self.lane.is_free() && self.gate.is_open() && !begun);
             let volatile = volatile.map(|_| self.durable_at + DURABLE_EVERY);
+            let in_the_way = self.early.in_the_way(&self.lane);
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return self.finish().await,
                 finished = self.lane.finished() => self.finished(finished?)?,
+                outcome = self.early.finished() => self.early_finished(outcome).await,
+                () = wait_until(in_the_way) => self.give_up_early(IN_THE_WAY).await,
+                () = self.gate.closed(), if self.early.is_open() => self.give_up_early("nothing may be begun").await,
                 received = self.queue.receive(), if has_room => match received {
                     Some((chunk, weight)) => {
                         for delivery in chunk {
@@ -168,7 +180,8 @@ impl Applier {
         self.settings.until.is_some_and(|until| match delivery {
             Delivery::Message(Message::Begin { commit_lsn, .. }) => *commit_lsn >= until,
             Delivery::Idle(lsn) => self.transaction.is_none() && *lsn >= until,
-            Delivery::Message(_) => false,
+            Delivery::Early(Part::Commits { commit_lsn, .. }) => *commit_lsn >= until,
+            Delivery::Message(_) | Delivery::Early(_) => false,
         })
     }
 
@@ -199,20 +212,27 @@ impl Applier {
             self.free().await?;
         }
         self.make_durable()?;
-        self.free().await
+        self.free().await?;
+        self.early.end().await;
+        Ok(())
     }
 
     /// Waits until the target has done what it was given.
     pub(super) async fn free(&mut self) -> Result<()> {
         while !self.lane.is_free() {
-            let finished = self.lane.finished().await?;
-            self.finished(finished)?;
+            let in_the_way = self.early.in_the_way(&self.lane);
+            tokio::select! {
+                biased;
+                finished = self.lane.finished() => self.finished(finished?)?,
+                outcome = self.early.finished() => self.early_finished(outcome).await,
+                () = wait_until(in_the_way) => self.give_up_early(IN_THE_WAY).await,
+            }
         }
         Ok(())
     }
 
     /// The target is done with what it was given.
-    fn finished(&mut self, end: Option<End>) -> Result<()> {
+    pub(super) fn finished(&mut self, end: Option<End>) -> Result<()> {
         let Some(End { lsn, commit_micros, marker, applied, durable }) = end else { return Ok(()) };
         if applied.transactions > 0 {
             self.telemetry.batch(applied);
@@ -278,6 +298,19 @@ impl Applier {
         self.free().await
     }
 
+    /// Commits the whole transactions that were collected, outside of any; whether nothing of them is left.
+    pub(super) async fn commit_collected(&mut self) -> Result<bool> {
+        self.free().await?;
+        if self.batch.is_some() {
+            if !self.may_begin() {
+                return Ok(false);
+            }
+            self.hand_over()?;
+            self.free().await?;
+        }
+        Ok(true)
+    }
+
     /// Before a target transaction is opened. A stop ends the wait with all else.
     async fn pass_the_gate(&self) {
         if !self.may_begin() {
@@ -323,10 +356,10 @@ impl Applier {
         if schema_changed { self.free().await } else { Ok(()) }
     }
 
-    pub(super) fn collect(&mut self, change: Change, count: impl FnOnce(&mut BatchApplied)) {
+    pub(super) fn collect(&mut self, change: Change) {
         let is_there = self.ahead.as_ref().is_some_and(|ahead| ahead.has(&change));
         let batch = self.batch.get_or_insert_with(Batch::new);
-        count(&mut batch.applied);
+        change.operation().count(&mut batch.applied);
         if !is_there {
             batch.bytes += change.bytes() as u64;
             batch.changes.push(change);
@@ -372,7 +405,7 @@ pub(super) fn out_of_place(what: &str) -> Error {
 }
 
 /// Never, if there is no deadline.
-async fn wait_until(deadline: Option<Instant>) {
+pub(super) async fn wait_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,

@@ -6,6 +6,7 @@ use super::relation::{Finder, Plan};
 use crate::error::{Error, Result};
 use crate::postgres::pgoutput::{OldTuple, Tuple};
 use crate::postgres::{Lsn, QualifiedName};
+use crate::telemetry::BatchApplied;
 
 /// What happens to a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +24,15 @@ impl Operation {
             Self::Update => "UPDATE",
             Self::Delete => "DELETE",
             Self::Truncate => "TRUNCATE",
+        }
+    }
+
+    pub(super) const fn count(self, applied: &mut BatchApplied) {
+        match self {
+            Self::Insert => applied.inserts += 1,
+            Self::Update => applied.updates += 1,
+            Self::Delete => applied.deletes += 1,
+            Self::Truncate => applied.truncates += 1,
         }
     }
 }

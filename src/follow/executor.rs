@@ -89,6 +89,31 @@ impl Executor {
         Ok(Some(end))
     }
 
+    /// Takes what was applied early for a batch that begins here and has all its changes.
+    ///
+    /// # Errors
+    /// A change could not be applied, or found no row.
+    pub(super) async fn adopt(&mut self) -> Result<()> {
+        self.pipeline.settle().await?;
+        if self.pipeline.missing() > 0 {
+            let message = format!("{} rows were not found on the target", self.pipeline.missing());
+            return Err(Error::new(Class::Operator, "row_missing", message));
+        }
+        // How long the source took to commit it is not the batch's duration.
+        self.open = self.open.map(|_| Instant::now());
+        Ok(())
+    }
+
+    /// Reads every answer, and rolls back what is open.
+    pub(super) async fn roll_back(&mut self) -> Result<()> {
+        if self.open.is_some() {
+            self.pipeline.query("ROLLBACK").await?;
+            self.pipeline.forget_missing(0);
+            self.open = None;
+        }
+        Ok(())
+    }
+
     /// Reads every answer: afterwards nothing but the commit can fail.
     async fn complete(&mut self) -> Result<()> {
         self.pipeline.settle().await?;

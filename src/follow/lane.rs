@@ -11,13 +11,20 @@ use crate::error::{Error, Result};
 pub(super) struct Lane {
     idle: Option<Box<Executor>>,
     running: Option<Running>,
+    process_id: i32,
 }
 
 type Running = Pin<Box<dyn Future<Output = (Box<Executor>, Result<Option<End>>)> + Send>>;
 
 impl Lane {
     pub(super) fn new(executor: Executor) -> Self {
-        Self { idle: Some(Box::new(executor)), running: None }
+        let process_id = executor.pipeline.process_id();
+        Self { idle: Some(Box::new(executor)), running: None, process_id }
+    }
+
+    /// Of its session on the target.
+    pub(super) fn process_id(&self) -> i32 {
+        self.process_id
     }
 
     /// Whether work can be started, and the executor be had.

@@ -25,6 +25,7 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use super::executor::{End, Executor, Work};
 use super::lane::Lane;
@@ -36,6 +37,8 @@ pub(super) struct Lanes {
     first: Lane,
     beside: Vec<Lane>,
     divided: Option<Divided>,
+    /// When work was last started.
+    since: Instant,
 }
 
 /// A batch that was divided.
@@ -55,7 +58,8 @@ enum Stage {
 
 impl Lanes {
     pub(super) fn new(first: Executor, beside: Vec<Executor>) -> Self {
-        Self { first: Lane::new(first), beside: beside.into_iter().map(Lane::new).collect(), divided: None }
+        let beside = beside.into_iter().map(Lane::new).collect();
+        Self { first: Lane::new(first), beside, divided: None, since: Instant::now() }
     }
 
     /// Whether work can be started, and the first worker's executor be had.
@@ -63,11 +67,22 @@ impl Lanes {
         self.divided.is_none() && self.first.is_free()
     }
 
+    /// Since when something runs.
+    pub(super) fn busy_since(&self) -> Option<Instant> {
+        (!self.is_free()).then_some(self.since)
+    }
+
+    /// Puts another worker in the place of the first one, which must be free, and gives that back.
+    pub(super) fn replace_first(&mut self, worker: Lane) -> Lane {
+        std::mem::replace(&mut self.first, worker)
+    }
+
     /// Starts the work on the first worker. It goes on only while [`Lanes::finished`] is awaited.
     ///
     /// # Errors
     /// Class bug: something runs, or something failed.
     pub(super) fn start(&mut self, work: Work) -> Result<()> {
+        self.since = Instant::now();
         self.first.start(work)
     }
 
@@ -80,6 +95,7 @@ impl Lanes {
         let (Some(end), Some(division)) = (work.end, Division::of(&work.changes, workers)) else {
             return self.start(work);
         };
+        self.since = Instant::now();
         let division = Arc::new(division);
         let mut shares = division.deal(work.changes).into_iter();
         let share = |changes| Work { changes, end: None, division: Some(Arc::clone(&division)) };

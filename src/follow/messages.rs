@@ -2,29 +2,14 @@
 
 use std::sync::Arc;
 
+use super::announced::Row as Read;
 use super::apply::{Applier, out_of_place};
 use super::change::{Change, Position, Row};
 use super::reader::Delivery;
-use super::relation::{Plan, mending, type_names_query};
-use super::target_table::{TargetTable, target_table, target_table_query};
+use super::relation::Plan;
 use crate::error::{Doing, Error, Result};
 use crate::postgres::pgoutput::{Message, Relation, Value};
-use crate::postgres::{Lsn, quote_literal};
-
-/// What the stream announced of a relation.
-pub(super) struct Announced {
-    pub relation: Relation,
-    /// What committed before is in the table's copy.
-    cut: Option<Lsn>,
-    /// Made when the first change needs it.
-    pub plan: Option<Arc<Plan>>,
-}
-
-impl Announced {
-    fn is_copied(&self, at: Position) -> bool {
-        self.cut.is_some_and(|cut| at.commit_lsn < cut)
-    }
-}
+use crate::postgres::quote_literal;
 
 impl Applier {
     pub(super) async fn deliver(&mut self, delivery: Delivery) -> Result<()> {
@@ -40,6 +25,7 @@ impl Applier {
                 None => Ok(()),
                 Some(message) => self.message(message).await,
             },
+            Delivery::Early(early) => self.early(early).await,
         }
     }
 
@@ -61,36 +47,13 @@ impl Applier {
         if self.schema.is_capture(relation) {
             return Ok(Some(message));
         }
-        let (at, known) = self.announced(relation)?;
-        if known.is_copied(at) {
-            return Ok(None);
-        }
-        let Some(plan) = known.plan.clone() else { return Ok(Some(message)) };
-        match message {
-            Message::Insert { new, .. } => {
-                let change = Change::insert(plan, at, new)?;
-                self.collect(change, |applied| applied.inserts += 1);
-            }
-            Message::Update { old, new, .. } => {
-                let change = Change::update(plan, at, old, new)?;
-                self.collect(change, |applied| applied.updates += 1);
-            }
-            Message::Delete { old, .. } => {
-                let change = Change::delete(plan, at, old)?;
-                self.collect(change, |applied| applied.deletes += 1);
-            }
-            other => return Ok(Some(other)),
+        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
+        match self.announced.row(relation, at, message)? {
+            Read::Change(change) => self.collect(change),
+            Read::Copied => {}
+            Read::Unplanned(message) => return Ok(Some(message)),
         }
         Ok(None)
-    }
-
-    /// What the stream said of a relation, and where we are.
-    fn announced(&self, oid: u32) -> Result<(Position, &Announced)> {
-        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
-        match self.relations.get(&oid) {
-            Some(known) => Ok((at, known)),
-            None => Err(Error::bug(format!("a change of relation {oid}, which the stream did not describe"))),
-        }
     }
 
     async fn message(&mut self, message: Message) -> Result<()> {
@@ -99,20 +62,18 @@ impl Applier {
                 return self.end_transaction(end_lsn, commit_micros).await;
             }
             Message::Relation(relation) => self.relation(relation),
-            Message::Type { oid, name } => {
-                self.types.insert(oid, name);
-            }
+            Message::Type { oid, name } => self.announced.name_type(oid, name),
             Message::Insert { relation, new } if self.schema.is_capture(relation) => {
                 let Some(Value::Text(text)) = new.values().next() else {
                     return Err(Error::bug("a captured schema change holds no text"));
                 };
+                // It may want a lock that the one in progress has.
+                self.give_up_early("a schema change comes before its end").await;
                 // The rows before it are on the target before it runs.
                 self.settle().await?;
                 self.schema_change(text).await?;
                 // It may have moved the cuts.
-                for known in self.relations.values_mut() {
-                    known.cut = self.settings.cuts.get(&known.relation.name).copied();
-                }
+                self.announced.move_cuts(&self.settings.cuts);
             }
             Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. } => {
                 self.plan(relation).await?;
@@ -143,58 +104,32 @@ impl Applier {
         Ok(())
     }
 
-    /// The source announces a shape. Whether the target has it is asked when a row needs it: a table whose changes are all
-    /// in its copy already, or that is gone on both sides, needs no place on the target.
     fn relation(&mut self, relation: Relation) {
         if relation.name == self.settings.capture {
             return self.schema.announce(relation.oid);
         }
-        match self.relations.get(&relation.oid) {
-            Some(known) if known.relation == relation => {}
-            _ => {
-                let cut = self.settings.cuts.get(&relation.name).copied();
-                drop(self.relations.insert(relation.oid, Announced { relation, cut, plan: None }));
-            }
-        }
+        let cut = self.settings.cuts.get(&relation.name).copied();
+        self.announced.announce(relation, cut);
     }
 
     /// The plan of a relation, and where we are; `None` if the change is in the table's copy already.
     async fn plan(&mut self, oid: u32) -> Result<Option<(Arc<Plan>, Position)>> {
-        let (at, known) = self.announced(oid)?;
-        if known.is_copied(at) {
+        let at = self.transaction.ok_or_else(|| out_of_place("a change"))?;
+        if self.announced.shape(oid)?.is_copied(at) {
             return Ok(None);
         }
-        if let Some(plan) = &known.plan {
-            return Ok(Some((Arc::clone(plan), at)));
+        if let Some(plan) = self.announced.planned(oid)? {
+            return Ok(Some((plan, at)));
         }
-        let (name, query) = (known.relation.name.clone(), target_table_query(&known.relation.name));
         self.free().await?;
-        let rows = self.pipeline()?.query(&query).await;
-        let rows = rows.doing(|| format!("reading the shape of table {} on the target", name.plain()))?;
-        let target = target_table(&rows)?;
-        self.generations += 1;
-        let Some(known) = self.relations.get_mut(&oid) else {
-            return Err(Error::bug(format!("relation {oid} was forgotten")));
-        };
-        match Plan::new(&known.relation, target.as_ref(), &self.types, self.generations) {
-            Ok(plan) => Ok(Some((Arc::clone(known.plan.insert(Arc::new(plan))), at))),
-            Err(error) => Err(self.with_what_mends(error, oid, target.as_ref()).await),
-        }
+        let generation = self.next_generation();
+        let plan = self.announced.plan(oid, &mut self.lane.executor()?.pipeline, generation).await?;
+        Ok(Some((plan, at)))
     }
 
-    /// The error with the statement that would give the target the shape of the source.
-    async fn with_what_mends(&mut self, error: Error, oid: u32, target: Option<&TargetTable>) -> Error {
-        let (Some(known), Some(target)) = (self.relations.get(&oid), target) else { return error };
-        let (relation, query) = (known.relation.clone(), type_names_query(&known.relation, &self.types));
-        let Ok(pipeline) = self.pipeline() else { return error };
-        let Ok(rows) = pipeline.query(&query).await else { return error };
-        let names: Vec<String> = rows.into_iter().flatten().flatten().collect();
-        let statement = mending(&relation, target, &self.types, &names);
-        error.hint(format!(
-            "run on the target: {statement} (a renamed column is RENAME COLUMN instead; if old rows got other values: \
-             `pgtandem resync {}`). Nothing of the change was applied",
-            relation.name.plain()
-        ))
+    pub(super) fn next_generation(&mut self) -> u64 {
+        self.generations += 1;
+        self.generations
     }
 
     /// The source lists every table that the statement emptied, also those that CASCADE reached, so the target must
@@ -213,7 +148,7 @@ impl Applier {
         names.extend(self.emptied_whole(&plans).await?);
         let restart = if restart_identity { " RESTART IDENTITY" } else { "" };
         let sql = format!("TRUNCATE {}{restart}", names.join(", "));
-        self.collect(Change { plan: first, at, row: Row::Truncate(sql.into()) }, |applied| applied.truncates += 1);
+        self.collect(Change { plan: first, at, row: Row::Truncate(sql.into()) });
         Ok(())
     }
 

@@ -9,10 +9,13 @@
 //! [`run`] is two tasks with a queue between them, the reader ([`reader`]) and the applier ([`apply`]), and a look now and
 //! then at what the stream does not tell ([`watching`]).
 
+mod announced;
 mod apply;
 mod change;
 pub mod ddl;
+mod early;
 mod executor;
+mod executors;
 mod gate;
 mod lane;
 mod lanes;
@@ -37,22 +40,25 @@ pub mod unkeyed;
 pub(crate) mod watching;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use self::announced::Announced;
 use self::ddl::capture::Capture;
 use self::ddl::{Moved, SchemaChanges};
+use self::early::Early;
+use self::executors::Executors;
 pub use self::gate::Gate;
 pub use self::marker::{Marker, MarkerWatch};
 use self::reading::{Opening, Reading};
 use self::slot::Slot;
 use self::streamed::{Bounds, SPILL_FAILED, STREAMING_FAILED, Streamed};
 use crate::config::{Config, Ddl, MoveName, Scope};
-use crate::error::{Class, Doing, Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::postgres::pgoutput::Protocol;
-use crate::postgres::wire::{Mode, Wire};
 use crate::postgres::{Lsn, QualifiedName, Server, Side};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
@@ -65,9 +71,6 @@ const IDLE_PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// After a stop, so long may each end take to finish what it has begun: the target its batch, the source our last word.
 const STOP_GRACE: Duration = Duration::from_secs(2);
-
-/// So long may the sessions of an earlier run take to end.
-const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the target durably holds, as the applier last committed it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -196,7 +199,7 @@ impl Follow<'_> {
 
     async fn attempt(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<()> {
         // Until the stream stands, nothing has begun that a stop would have to finish.
-        let Ends { reading, reader_stop, applier, backends, moved, streamed } = tokio::select! {
+        let Ends { reading, reader_stop, applier, executors, moved, streamed } = tokio::select! {
             biased;
             () = stop.cancelled() => return Ok(()),
             ends = self.begin(stop, manner, reached) => ends?,
@@ -217,7 +220,10 @@ impl Follow<'_> {
                 }
                 () = grace_after(&applier_stop) => {
                     reader_stop.cancel();
-                    self.abandon(&backends).await;
+                    tracing::info!(
+                        "the target did not finish the batch in time; it is abandoned, and applied again at the next start"
+                    );
+                    executors.end_all().await;
                     break Ok(());
                 }
             }
@@ -250,7 +256,16 @@ impl Follow<'_> {
     async fn begin(&self, stop: &CancellationToken, manner: Manner, reached: &watch::Sender<Lsn>) -> Result<Ends> {
         let slot = Slot::new(self.source, &self.config.name);
         // What an earlier batch still commits would not be in what is read next.
-        self.end_earlier().await?;
+        let executors = Executors {
+            target: self.target.clone(),
+            move_name: self.config.name.clone(),
+            epoch: self.epoch,
+            missing_row: self.config.follow.missing_row,
+            replica_role: self.replica_role,
+            telemetry: self.telemetry.clone(),
+            backends: Arc::default(),
+        };
+        executors.end_earlier().await?;
         // It is confirmed to the source from here on.
         let progress = self.store.durable_progress().await?;
         let version = slot.check(progress.lsn).await?;
@@ -261,11 +276,10 @@ impl Follow<'_> {
         self.telemetry.applied(progress.lsn, progress.commit_micros);
 
         let ahead = self.store.workers_ahead().await?.map(shares::Ahead::from);
-        let mut backends = Vec::new();
-        let first = self.executor(0, &mut backends).await?;
+        let first = executors.open(0).await?;
         let mut beside = Vec::new();
         for worker in 1..self.config.follow.workers.get() {
-            beside.push(self.executor(u16::try_from(worker).unwrap_or(u16::MAX), &mut backends).await?);
+            beside.push(executors.open(u16::try_from(worker).unwrap_or(u16::MAX)).await?);
         }
         let lane = lanes::Lanes::new(first, beside);
         let tables = self.store.tables().await?;
@@ -300,6 +314,7 @@ impl Follow<'_> {
                 capture: Capture::of(&self.config.name).table(),
             },
             lane,
+            early: Early::new(executors.clone()),
             ahead,
             store: self.store.clone(),
             schema: SchemaChanges::default(),
@@ -310,8 +325,7 @@ impl Follow<'_> {
             gate: self.gate.clone(),
             telemetry: self.telemetry.clone(),
             reached: reached.clone(),
-            relations: HashMap::default(),
-            types: HashMap::new(),
+            announced: Announced::default(),
             generations: 0,
             transaction: None,
             batch: None,
@@ -321,53 +335,7 @@ impl Follow<'_> {
             durable_at: Instant::now(),
             stop: stop.child_token(),
         };
-        Ok(Ends { reading, reader_stop, applier, backends, moved, streamed: protocol > Protocol::V1 })
-    }
-
-    /// Ends the applying sessions of earlier runs. The move is ours, so nobody else has one; but a server that waits for a
-    /// lock does not notice that its client is gone, and each of them would keep the locks of its batch. Returns once they are gone.
-    async fn end_earlier(&self) -> Result<()> {
-        let session = self.target.connect("catalog").await?;
-        let name = self.target.application_name("apply");
-        let began = Instant::now();
-        let mut told = false;
-        loop {
-            let ended = session.end_others(&name).await.doing(|| "ending the sessions of an earlier batch")?;
-            if ended == 0 {
-                return Ok(());
-            }
-            if !std::mem::replace(&mut told, true) {
-                tracing::info!(sessions = ended, "ending what is left of an earlier batch on the target");
-            }
-            if began.elapsed() > END_PATIENCE {
-                return Err(Error::new(
-                    Class::Retry,
-                    "earlier_batch",
-                    format!("{ended} sessions of an earlier batch on the target do not end"),
-                )
-                .hint("look in pg_stat_activity of the target for sessions with the application name of apply"));
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// Ends the session of an abandoned batch. A server that waits for a lock does not notice that its client is gone,
-    /// and would keep the locks of the batch until then. If it cannot be reached, the end of the connection has to do.
-    async fn abandon(&self, backends: &[i32]) {
-        tracing::info!(
-            "the target did not finish the batch in time; it is abandoned, and applied again at the next start"
-        );
-        // Something between may have made up the process id: it must be a session of that name.
-        let application_name = self.target.application_name("apply");
-        let ended = async {
-            let session = self.target.connect("stop").await?;
-            session.query(END_SESSION, &[&backends, &application_name]).await.map(drop).map_err(Error::from)
-        };
-        match tokio::time::timeout(STOP_GRACE, ended).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "the session of the batch could not be ended"),
-            Err(_) => tracing::debug!("the session of the batch could not be ended in time"),
-        }
+        Ok(Ends { reading, reader_stop, applier, executors, moved, streamed: protocol > Protocol::V1 })
     }
 
     /// A connection that has to be made again is counted for its side.
@@ -376,36 +344,7 @@ impl Follow<'_> {
             self.telemetry.reconnected(side);
         }
     }
-
-    async fn executor(&self, worker: u16, backends: &mut Vec<i32>) -> Result<executor::Executor> {
-        let wire = self.apply_connection().await?;
-        backends.push(wire.process_id());
-        Ok(executor::Executor {
-            pipeline: pipeline::Pipeline::new(wire),
-            move_name: self.config.name.clone(),
-            epoch: self.epoch,
-            missing_row: self.config.follow.missing_row,
-            telemetry: self.telemetry.clone(),
-            worker,
-            open: None,
-        })
-    }
-
-    async fn apply_connection(&self) -> Result<Wire> {
-        let mut wire = Wire::connect(self.target, "apply", Mode::Sql, &[]).await?;
-        // Nobody reads while rows are sent: a warning for each of them would fill the way back until nothing moves any more.
-        wire.query("SET client_min_messages = error").await.doing(|| "silencing warnings for apply")?;
-        if self.replica_role {
-            wire.query("SET session_replication_role = replica").await.doing(|| "switching off triggers for apply")?;
-        }
-        Ok(wire)
-    }
 }
-
-/// `$1` process ids, `$2` application name.
-const END_SESSION: &str = "
-    SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-    WHERE pid = ANY ($1) AND application_name = $2 AND datname = pg_catalog.current_database()";
 
 /// The two ends of a run, ready to go.
 struct Ends {
@@ -414,8 +353,8 @@ struct Ends {
     applier: apply::Applier,
     /// The tables of the move.
     moved: Moved,
-    /// The process ids of the applying sessions on the target.
-    backends: Vec<i32>,
+    /// They know the sessions on the target.
+    executors: Executors,
     /// The source sends large transactions while they are in progress.
     streamed: bool,
 }

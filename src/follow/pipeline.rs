@@ -114,6 +114,11 @@ impl Pipeline {
         }
     }
 
+    /// Of the session on the target.
+    pub(super) fn process_id(&self) -> i32 {
+        self.wire.process_id()
+    }
+
     /// Encodes one statement. `sql` is asked for the text the first time that `key` comes.
     pub(super) async fn execute<'v>(
         &mut self,

@@ -3,6 +3,7 @@
 //! A message of one byte and a row of a gigabyte both pass: an item takes as much of the budget as it weighs, an item
 //! heavier than the whole budget takes all of it and travels alone.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,11 +50,14 @@ pub(super) fn queue<T>(bytes: u64) -> (Sender<T>, Receiver<T>) {
 
 impl<T> Sender<T> {
     /// Waits until the queue has room for so many bytes. Cancellation safe: a dropped wait takes nothing.
-    pub(super) async fn room(&self, bytes: usize) -> Option<Weight> {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, self.shared.total);
-        let permit = Arc::clone(&self.shared.budget).acquire_many_owned(bytes).await.ok()?;
-        self.shared.waiting.fetch_add(u64::from(bytes), Ordering::Relaxed);
-        Some(Weight { _permit: permit, shared: Arc::clone(&self.shared), bytes })
+    pub(super) fn room(&self, bytes: usize) -> impl Future<Output = Option<Weight>> + use<T> {
+        let shared = Arc::clone(&self.shared);
+        async move {
+            let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, shared.total);
+            let permit = Arc::clone(&shared.budget).acquire_many_owned(bytes).await.ok()?;
+            shared.waiting.fetch_add(u64::from(bytes), Ordering::Relaxed);
+            Some(Weight { _permit: permit, shared, bytes })
+        }
     }
 
     /// Puts an item into the room that was waited for; false if the receiver is gone.

@@ -4,18 +4,21 @@
 //! wait, so that `wal_sender_timeout` does not strike; notices a source that went silent; hands on whole transactions that
 //! committed, also where the source sends them before ([`super::streamed`]).
 
+use std::future::Future;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use futures_util::FutureExt;
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::Durable;
-use super::queue::{Sender, Weight};
+use super::early::Part;
+use super::queue::Sender;
 use super::rhythm::Rhythm;
 use super::slot::Slot;
-use super::streamed::{SPILL_FAILED, Streamed};
+use super::streamed::{SPILL_FAILED, Streamed, Taken};
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
@@ -40,6 +43,8 @@ const GULP: usize = 4 * 1024 * 1024;
 pub(super) enum Delivery {
     /// A message of the plugin.
     Message(Message),
+    /// Of a transaction in progress that is applied early.
+    Early(Part),
     /// Nothing committed up to here beyond what was delivered.
     Idle(Lsn),
 }
@@ -72,6 +77,8 @@ struct Chunk {
     work: usize,
     /// There is nothing more to look at.
     last: bool,
+    /// Comes when the applier knows whether it applied a transaction early. What comes next depends on it.
+    answer: Option<oneshot::Receiver<bool>>,
 }
 
 impl Chunk {
@@ -177,11 +184,16 @@ impl Reader {
                 return Ok(true);
             }
             // Also where all of it was rolled back: gigabytes of that must not keep us from the source.
-            let Some(weight) = self.room(chunk.bytes).await? else { return Ok(false) };
+            let room = self.queue.room(chunk.bytes);
+            let Some(weight) = self.meanwhile(room).await? else { return Ok(false) };
             if !chunk.deliveries.is_empty() && !self.queue.send(chunk.deliveries, weight) {
                 return Ok(false);
             }
             self.telemetry.queue("apply", self.queue.waiting_bytes());
+            if let Some(answer) = chunk.answer {
+                let Some(applied) = self.meanwhile(answer.map(Result::ok)).await? else { return Ok(false) };
+                self.streamed.settle_early(applied)?;
+            }
         }
     }
 
@@ -202,11 +214,17 @@ impl Reader {
                 break;
             };
             match event {
-                Event::Data { start, payload } => {
-                    if let Some(message) = self.take(start, &payload)? {
-                        chunk.push(Delivery::Message(message), payload.len() + 128);
+                Event::Data { start, payload } => match self.take(start, &payload)? {
+                    Taken::Passed(message) => chunk.push(Delivery::Message(message), payload.len() + 128),
+                    Taken::Early(part) => chunk.push(Delivery::Early(part), payload.len() + 128),
+                    Taken::EarlyCommits(commit_lsn) => {
+                        let (applied, answer) = oneshot::channel();
+                        chunk.push(Delivery::Early(Part::Commits { commit_lsn, applied }), 128);
+                        chunk.answer = Some(answer);
+                        break;
                     }
-                }
+                    Taken::Kept => {}
+                },
                 Event::Keepalive { sent, reply: asked } => {
                     *reply |= asked;
                     self.received = self.received.max(sent);
@@ -221,22 +239,22 @@ impl Reader {
         Ok(chunk)
     }
 
-    /// A message that is handed on at once, if it is.
-    fn take(&mut self, start: Lsn, payload: &Bytes) -> Result<Option<Message>> {
-        let message = self.streamed.take(start, payload)?;
-        match &message {
-            Some(Message::Begin { .. }) => self.inside_transaction = true,
-            Some(Message::Commit { end_lsn, .. }) => {
+    fn take(&mut self, start: Lsn, payload: &Bytes) -> Result<Taken> {
+        let taken = self.streamed.take(start, payload)?;
+        match &taken {
+            Taken::Passed(Message::Begin { .. }) => self.inside_transaction = true,
+            Taken::Passed(Message::Commit { end_lsn, .. }) => {
                 self.inside_transaction = false;
                 self.received = self.received.max(*end_lsn);
             }
             _ => self.received = self.received.max(start),
         }
-        Ok(message)
+        Ok(taken)
     }
 
-    /// Waits for room in the queue, and keeps the source company meanwhile.
-    async fn room(&mut self, bytes: usize) -> Result<Option<Weight>> {
+    /// Waits for something of the applier, and keeps the source company meanwhile. `None` once the applier is gone.
+    async fn meanwhile<T>(&mut self, waited: impl Future<Output = Option<T>>) -> Result<Option<T>> {
+        let mut waited = std::pin::pin!(waited);
         loop {
             tokio::select! {
                 biased;
@@ -250,8 +268,8 @@ impl Reader {
                     self.last_heard = Instant::now();
                     self.confirm(false).await?;
                 }
-                // The last, so that the source hears from us also where there always is room.
-                weight = self.queue.room(bytes) => return Ok(weight),
+                // The last, so that the source hears from us also where there is nothing to wait for.
+                outcome = &mut waited => return Ok(outcome),
             }
         }
     }

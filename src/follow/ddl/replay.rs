@@ -111,9 +111,7 @@ impl Applier {
         self.hold_back().await.doing(|| "holding back the triggers of a schema change")?;
         let note = change.sql(self.settings.move_name.as_str(), state, None);
         self.pipeline()?.query(&note).await.doing(|| "noting a schema change")?;
-        // What was known of shapes and types may be another by now.
-        self.relations.values_mut().for_each(|known| known.plan = None);
-        self.types.clear();
+        self.announced.forget_plans();
         Ok(())
     }
 
@@ -369,10 +367,7 @@ impl Applier {
             moved.remove(old);
             moved.insert(new.clone());
         });
-        // Not every version announces the relation again when only its schema has another name.
-        for known in self.relations.values_mut().filter(|known| known.relation.name == *old) {
-            known.relation.name = new.clone();
-        }
+        self.announced.rename(old, new);
         Ok(())
     }
 

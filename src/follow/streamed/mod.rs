@@ -55,9 +55,13 @@ use std::collections::btree_map::IntoValues;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use bytes::Bytes;
 
 use self::kept::{Kept, Records};
+use super::early::{Begins, Part};
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::{Decoder, Message, Protocol, Unread};
@@ -127,11 +131,33 @@ struct Committed {
     held: Held,
 }
 
+/// The transaction that is applied early.
+#[derive(Debug)]
+struct EarlyOne {
+    xid: u32,
+    given_up: Arc<AtomicBool>,
+    /// Its descriptions, the last ones: they come out also where its rows do not.
+    descriptions: BTreeMap<Described, Bytes>,
+}
+
 /// What is held, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Held {
     pub memory: usize,
     pub disk: u64,
+}
+
+/// What becomes of a message of the stream.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// It passes through.
+    Passed(Message),
+    /// It is kept, or means nothing to anybody else.
+    Kept,
+    /// It belongs to the transaction that is applied early. Its changes are kept as well.
+    Early(Part),
+    /// The transaction that is applied early commits at this position; [`Streamed::settle_early`] is to come next.
+    EarlyCommits(Lsn),
 }
 
 /// A step of a committed transaction on its way out.
@@ -152,6 +178,7 @@ pub(super) struct Streamed {
     block: Option<u32>,
     unfinished: HashMap<u32, Unfinished>,
     committed: Option<Committed>,
+    early: Option<EarlyOne>,
     /// Counts descriptions.
     descriptions: u64,
     held: Held,
@@ -167,6 +194,7 @@ impl Streamed {
             block: None,
             unfinished: HashMap::new(),
             committed: None,
+            early: None,
             descriptions: 0,
             held: Held::default(),
             files: 0,
@@ -183,36 +211,76 @@ impl Streamed {
         self.held
     }
 
-    /// Takes the next message of the stream; `Some` if it passes through. To be called when [`Streamed::step`] has nothing.
+    /// Takes the next message of the stream. To be called when [`Streamed::step`] has nothing.
     ///
     /// # Errors
     /// The message is malformed, or out of place; or [`SPILL_FAILED`].
-    pub(super) fn take(&mut self, start: Lsn, payload: &Bytes) -> Result<Option<Message>> {
+    pub(super) fn take(&mut self, start: Lsn, payload: &Bytes) -> Result<Taken> {
         if let Some(top) = self.block
             && let Some(unread) = self.decoder.peek(payload).map_err(|why| malformed(start, &why))?
         {
+            let described = unread.described.map(|oid| (unread.kind, oid));
+            let description = described.map(|described| (described, unread.bare()));
             self.keep(top, start, &unread)?;
-            return Ok(None);
+            if self.early(top).is_none() {
+                return Ok(Taken::Kept);
+            }
+            let message = self.decoder.decode(payload).map_err(|why| malformed(start, &why))?.message;
+            if let Some(((described, description), early)) = description.zip(self.early.as_mut()) {
+                early.descriptions.insert(described, description);
+            }
+            return Ok(Taken::Early(Part::Message(message)));
         }
         let message = self.decoder.decode(payload).map_err(|why| malformed(start, &why))?.message;
         match &message {
-            Message::StreamStart { xid, first } => self.begin_block(start, *xid, *first)?,
+            Message::StreamStart { xid, first } => return self.begin_block(start, *xid, *first),
             Message::StreamStop => self.block = None,
-            Message::StreamCommit { xid, .. } => self.commit(start, *xid, &message)?,
-            Message::StreamAbort { xid, subxid, .. } => self.roll_back(*xid, *subxid),
+            Message::StreamCommit { xid, commit_lsn, .. } => {
+                self.commit(start, *xid, &message)?;
+                if self.early(*xid).is_some() {
+                    return Ok(Taken::EarlyCommits(*commit_lsn));
+                }
+            }
+            Message::StreamAbort { xid, subxid, .. } => {
+                self.roll_back(*xid, *subxid);
+                if self.early(*xid).is_some() {
+                    self.early = None;
+                    return Ok(Taken::Early(Part::RolledBack));
+                }
+            }
             Message::Relation(relation) => {
                 self.descriptions += 1;
                 self.overtakes((b'R', relation.oid), self.descriptions, payload);
-                return Ok(Some(message));
+                return Ok(Taken::Passed(message));
             }
             Message::Type { oid, .. } => {
                 self.descriptions += 1;
                 self.overtakes((b'Y', *oid), self.descriptions, payload);
-                return Ok(Some(message));
+                return Ok(Taken::Passed(message));
             }
-            _ => return Ok(Some(message)),
+            _ => return Ok(Taken::Passed(message)),
         }
-        Ok(None)
+        Ok(Taken::Kept)
+    }
+
+    /// What is applied early, if it is this transaction, and was not given up.
+    fn early(&mut self, xid: u32) -> Option<&mut EarlyOne> {
+        self.early.take_if(|early| early.given_up.load(Ordering::Relaxed));
+        self.early.as_mut().filter(|early| early.xid == xid)
+    }
+
+    /// The transaction that committed is on the target already, or it is not. Where it is, what comes out of it is what it described.
+    pub(super) fn settle_early(&mut self, applied: bool) -> Result<()> {
+        let (Some(early), Some(committed)) = (self.early.take(), &mut self.committed) else { return Ok(()) };
+        if applied {
+            let mut kept = Kept::default();
+            for ((kind, _), description) in early.descriptions {
+                let rest = description.get(1..).unwrap_or_default();
+                kept.push(early.xid, Lsn::ZERO, kind, rest).map_err(|error| malformed(Lsn::ZERO, &error))?;
+            }
+            committed.records = kept.into_records().map_err(|error| unreadable(&error))?;
+        }
+        Ok(())
     }
 
     /// The next step of the transaction that committed last, until all of it is out.
@@ -254,7 +322,7 @@ impl Streamed {
         Ok(Some(Step { message: Some(commit), bytes: 0 }))
     }
 
-    fn begin_block(&mut self, start: Lsn, xid: u32, first: bool) -> Result<()> {
+    fn begin_block(&mut self, start: Lsn, xid: u32, first: bool) -> Result<Taken> {
         match self.unfinished.entry(xid) {
             Entry::Vacant(_) if !first => {
                 return Err(malformed(start, &format!("it goes on with transaction {xid}, which did not begin")));
@@ -268,7 +336,17 @@ impl Streamed {
             }
         }
         self.block = Some(xid);
-        Ok(())
+        if self.early(xid).is_some() {
+            return Ok(Taken::Early(Part::Block { at: start, begins: None }));
+        }
+        // One at a time, and from its beginning.
+        if !first || self.early.is_some() {
+            return Ok(Taken::Kept);
+        }
+        let given_up = Arc::new(AtomicBool::new(false));
+        let descriptions = BTreeMap::new();
+        self.early = Some(EarlyOne { xid, given_up: Arc::clone(&given_up), descriptions });
+        Ok(Taken::Early(Part::Block { at: start, begins: Some(Begins { xid, given_up }) }))
     }
 
     fn keep(&mut self, top: u32, start: Lsn, unread: &Unread<'_>) -> Result<()> {

@@ -147,6 +147,10 @@ fn commit(xid: u32) -> Bytes {
     })
 }
 
+fn early() -> impl Strategy<Value = Early> {
+    prop_oneof![3 => Just(Early::Applied), 1 => Just(Early::NotApplied), 1 => Just(Early::GivenUp)]
+}
+
 fn act() -> impl Strategy<Value = Act> {
     prop_oneof![
         8 => (0u32..4, any::<u32>(), prop_oneof![4 => 0usize..50, 1 => 0usize..9000]).prop_map(|(s, r, n)| Act::Insert(s, r, n)),
@@ -264,13 +268,53 @@ fn play(transactions: &[Transaction], turns: &[usize]) -> Played {
     played
 }
 
-/// What comes out of a stream.
+/// What becomes of a transaction that can be applied early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Early {
+    /// At its commit all of it is there.
+    Applied,
+    /// At its commit it is not.
+    NotApplied,
+    /// Nothing is taken of it.
+    GivenUp,
+}
+
+/// What comes out of a stream, where nothing is applied early.
 fn out(streamed: &mut Streamed, sent: &[Bytes]) -> Result<Vec<Message>> {
-    let mut out = Vec::new();
+    out_with(streamed, sent, &[Early::NotApplied])
+}
+
+/// What comes out of a stream, and of what was applied early. The transactions that can be have their turns with `earlies`.
+fn out_with(streamed: &mut Streamed, sent: &[Bytes], earlies: &[Early]) -> Result<Vec<Message>> {
+    let mut earlies = earlies.iter().copied().cycle();
+    let (mut out, mut applied, mut fate) = (Vec::new(), Vec::new(), Early::GivenUp);
     for (at, payload) in sent.iter().enumerate() {
-        out.extend(streamed.take(Lsn::new(at as u64), payload)?);
+        let mut early = Vec::new();
+        match streamed.take(Lsn::new(at as u64), payload)? {
+            Taken::Passed(message) => out.push(message),
+            Taken::Kept => {}
+            Taken::Early(Part::Block { begins, .. }) => {
+                if let Some(begins) = begins {
+                    fate = earlies.next().unwrap();
+                    assert_eq!(applied, [], "one at a time");
+                    begins.given_up.store(fate == Early::GivenUp, Ordering::Relaxed);
+                }
+            }
+            Taken::Early(Part::Message(message)) => {
+                assert_ne!(fate, Early::GivenUp);
+                applied.push(message);
+            }
+            Taken::Early(Part::RolledBack) => applied.clear(),
+            Taken::Early(Part::Commits { .. }) => unreachable!("the reader makes it"),
+            Taken::EarlyCommits(_) => {
+                streamed.settle_early(fate == Early::Applied)?;
+                early = std::mem::take(&mut applied);
+                early.retain(|_| fate == Early::Applied);
+            }
+        }
         while let Some(step) = streamed.step()? {
             out.extend(step.message);
+            out.append(&mut early);
         }
     }
     Ok(out)
@@ -298,6 +342,7 @@ proptest! {
     fn what_comes_out_is_what_version_1_would_have_sent(
         mut transactions in prop::collection::vec(transaction(), 1..5),
         turns in prop::collection::vec(any::<usize>(), 0..60),
+        early in prop::collection::vec(early(), 1..5),
     ) {
         // A subtransaction that was rolled back does nothing more.
         for transaction in &mut transactions {
@@ -310,18 +355,18 @@ proptest! {
         }
         let played = play(&transactions, &turns);
         let mut outs = Vec::new();
-        for bounds in [PLENTY, FILES_ALONE, FILES_BESIDE] {
+        let none = vec![Early::GivenUp];
+        for (bounds, early) in [PLENTY, FILES_ALONE, FILES_BESIDE].into_iter().flat_map(|one| [(one, &none), (one, &early)]) {
             let mut streamed = Streamed::new(Protocol::V2, bounds);
-            outs.push(out(&mut streamed, &played.sent).unwrap());
+            outs.push(without_repeated(out_with(&mut streamed, &played.sent, early).unwrap()));
             let held: usize = streamed.unfinished.values().map(Unfinished::in_memory).sum();
             let disk: u64 = streamed.unfinished.values().map(|unfinished| unfinished.kept.on_disk()).sum();
             prop_assert_eq!(streamed.held(), Held { memory: held, disk });
             prop_assert_eq!(streamed.files, streamed.unfinished.values().filter(|one| one.kept.has_file()).count());
         }
-        for other in &outs[1..] {
-            prop_assert_eq!(&outs[0], other);
+        for out in outs {
+            prop_assert_eq!(out, played.expected.clone());
         }
-        prop_assert_eq!(without_repeated(outs.swap_remove(0)), played.expected);
     }
 
     #[test]

@@ -59,6 +59,17 @@ pub struct Unread<'a> {
     pub rest: &'a [u8],
 }
 
+impl Unread<'_> {
+    /// The message as protocol version 1 writes it.
+    #[must_use]
+    pub fn bare(&self) -> Bytes {
+        let mut bytes = Vec::with_capacity(self.rest.len() + 1);
+        bytes.push(self.kind);
+        bytes.extend_from_slice(self.rest);
+        bytes.into()
+    }
+}
+
 /// Decodes the messages of one stream in their order.
 #[derive(Debug, Clone)]
 pub struct Decoder {
