@@ -109,6 +109,7 @@ impl Executor {
         if self.open.is_some() {
             self.pipeline.query("ROLLBACK").await?;
             self.pipeline.forget_missing(0);
+            *self.pipeline.guided() = false;
             self.open = None;
         }
         Ok(())
@@ -158,10 +159,13 @@ impl Executor {
             let missing = self.pipeline.missing();
             let Some((error, culprit)) = self.try_sets(&stages).await? else {
                 groups(&stages).for_each(|group| group.plan.sets.next());
+                // What is not a set may run somebody's trigger, whose own statements are the planner's.
+                self.pipeline.guide(false).await?;
                 return self.own(RELEASE).await;
             };
             self.telemetry.fallback(reason(&error));
             self.own(ROLLBACK).await?;
+            *self.pipeline.guided() = false;
             self.pipeline.forget_missing(missing);
             // A statement for a single row was refused: it may want the order of all tables, as a CHECK does that reads another one.
             let Some(culprit) = culprit else {

@@ -87,6 +87,8 @@ pub(super) struct Pipeline {
     refused: Option<Arc<Plan>>,
     /// Where the COPY data begins that is being written, in the outbound buffer.
     copying: usize,
+    /// See [`Pipeline::guide`].
+    guided: bool,
 }
 
 /// See [`Pipeline::take_mismatch`].
@@ -111,12 +113,17 @@ impl Pipeline {
             mismatch: None,
             refused: None,
             copying: 0,
+            guided: false,
         }
     }
 
     /// Of the session on the target.
     pub(super) fn process_id(&self) -> i32 {
         self.wire.process_id()
+    }
+
+    pub(super) fn guided(&mut self) -> &mut bool {
+        &mut self.guided
     }
 
     /// Encodes one statement. `sql` is asked for the text the first time that `key` comes.
@@ -215,6 +222,7 @@ impl Pipeline {
         while self.wire.frame().await?.tag != backend::READY_FOR_QUERY_TAG {}
         self.pending.clear();
         self.encoded = 0;
+        self.guided = false;
         Ok(())
     }
 

@@ -18,6 +18,21 @@ use crate::postgres::pgoutput::{Tuple, Value};
 /// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small.
 const STATEMENT: usize = 4 << 20;
 
+/// For statements that find rows by an index. The planner knows neither how many rows are in a set nor, of a table that
+/// grows, how many are in there, and it may keep a plan for long: one that walks through the table costs more than all that could be won.
+const GUIDE: [&str; 4] = [
+    "SET LOCAL enable_seqscan = off",
+    "SET LOCAL enable_hashjoin = off",
+    "SET LOCAL enable_mergejoin = off",
+    "SET LOCAL plan_cache_mode = force_generic_plan",
+];
+const UNGUIDE: [&str; 4] = [
+    "SET LOCAL enable_seqscan TO DEFAULT",
+    "SET LOCAL enable_hashjoin TO DEFAULT",
+    "SET LOCAL enable_mergejoin TO DEFAULT",
+    "SET LOCAL plan_cache_mode TO DEFAULT",
+];
+
 /// Between the elements of an array of text.
 const TEXT_DELIMITER: u8 = b',';
 
@@ -27,6 +42,10 @@ impl Pipeline {
         let Finder::Key(key) = &plan.finder else {
             return self.copy_in(plan, net.inserts.iter().map(AsRef::as_ref)).await;
         };
+        if !net.deletes.is_empty() || !net.updates.is_empty() {
+            let by_index = key.iter().filter_map(|&at| plan.columns.get(at)).any(|column| column.leads);
+            self.guide(by_index).await?;
+        }
         let mut deletes = net.deletes.iter();
         while deletes.len() > 0 {
             let mut parameters =
@@ -61,6 +80,7 @@ impl Pipeline {
     /// The same for rows that are found by their look. One statement takes all of them: numbering those that look the same,
     /// it must see them all.
     pub(super) async fn alike(&mut self, plan: &Arc<Plan>, net: &Alike<'_>) -> Result<()> {
+        self.guide(false).await?;
         // Old rows travel as text, whatever their columns are.
         let looks = || plan.columns.iter().map(|_| TEXT_DELIMITER);
         if !net.deletes.is_empty() {
@@ -80,6 +100,18 @@ impl Pipeline {
             self.set(plan, Set::UpdateAlike, Vec::new(), parameters, || plan.update_alike()).await?;
         }
         self.copy_in(plan, net.inserts.iter().copied()).await
+    }
+
+    /// Whether the statements that follow shall find their rows by an index, whatever the planner thinks of that; until the target
+    /// transaction ends.
+    pub(super) async fn guide(&mut self, by_index: bool) -> Result<()> {
+        if std::mem::replace(self.guided(), by_index) == by_index {
+            return Ok(());
+        }
+        for sql in if by_index { GUIDE } else { UNGUIDE } {
+            self.execute(StatementKey::Own(sql), || sql.to_owned(), std::iter::empty(), Purpose::Own(sql)).await?;
+        }
+        Ok(())
     }
 
     async fn set(
