@@ -15,8 +15,8 @@ use super::target_table::Many;
 use crate::error::Result;
 use crate::postgres::pgoutput::{Tuple, Value};
 
-/// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small.
-const STATEMENT: usize = 4 << 20;
+/// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small, and in its caches.
+const STATEMENT: usize = 512 << 10;
 
 /// For statements that find rows by an index. The planner knows neither how many rows are in a set nor, of a table that
 /// grows, how many are in there, and it may keep a plan for long: one that walks through the table costs more than all that could be won.
