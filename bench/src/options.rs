@@ -30,7 +30,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(13..=18))]
     pub(crate) target: u16,
     /// Who takes part
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "native,pgtandem,pgcopydb,null")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "native,pgtandem,pgtandem-2,pgcopydb,null")]
     contenders: Vec<Contender>,
     /// The rows of workload h, before the scale
     #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]

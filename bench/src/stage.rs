@@ -63,7 +63,7 @@ impl<'a> Stage<'a> {
         let stage =
             Self { options, programs, servers, kind, control, done_after: 0, end: String::new(), backlog_bytes: 0 };
         stage.publish().await?;
-        if contenders.contains(&Contender::Pgtandem) {
+        if contenders.iter().any(|contender| contender.is_pgtandem()) {
             say("pgtandem copies");
             pgtandem::bring_up(&stage).await?;
         }
@@ -131,7 +131,7 @@ impl<'a> Stage<'a> {
     /// The slot that a contender is to read: what was kept for it, under the name that it wants.
     pub(crate) async fn give_slot(&self, contender: Contender) -> Result<()> {
         self.drop_slot(contender.slot()).await?;
-        let kept = if contender == Contender::Pgtandem { pgtandem::KEPT_SLOT } else { KEPT_SLOT };
+        let kept = if contender.is_pgtandem() { pgtandem::KEPT_SLOT } else { KEPT_SLOT };
         self.copy_slot(kept, contender.slot(), contender.plugin()).await
     }
 

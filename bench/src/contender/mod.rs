@@ -19,6 +19,9 @@ pub(crate) enum Contender {
     Native,
     /// This project
     Pgtandem,
+    /// The same with two workers
+    #[value(name = "pgtandem-2")]
+    PgtandemTwo,
     /// pgcopydb follow, as Debian has it
     Pgcopydb,
     /// Reads everything and applies nothing: what decoding alone takes
@@ -30,6 +33,7 @@ impl Contender {
         match self {
             Self::Native => "native subscription",
             Self::Pgtandem => "pgtandem",
+            Self::PgtandemTwo => "pgtandem, 2 workers",
             Self::Pgcopydb => "pgcopydb",
             Self::Null => "null reader",
         }
@@ -39,7 +43,7 @@ impl Contender {
     pub(crate) fn target(self, servers: &Servers) -> Option<&Server> {
         match self {
             Self::Native | Self::Pgcopydb => Some(&servers.target),
-            Self::Pgtandem => Some(&servers.pgtandem_target),
+            Self::Pgtandem | Self::PgtandemTwo => Some(&servers.pgtandem_target),
             Self::Null => None,
         }
     }
@@ -47,16 +51,21 @@ impl Contender {
     /// The slot that it reads in a drain.
     pub(crate) fn slot(self) -> &'static str {
         match self {
-            Self::Pgtandem => pgtandem::SLOT,
+            Self::Pgtandem | Self::PgtandemTwo => pgtandem::SLOT,
             Self::Native | Self::Pgcopydb | Self::Null => "drain",
         }
+    }
+
+    /// Whether it is this project, which has a state and a slot of its own.
+    pub(crate) fn is_pgtandem(self) -> bool {
+        matches!(self, Self::Pgtandem | Self::PgtandemTwo)
     }
 
     /// The decoding plugin of that slot.
     pub(crate) fn plugin(self) -> &'static str {
         match self {
             Self::Pgcopydb => pgcopydb::PLUGIN,
-            Self::Native | Self::Pgtandem | Self::Null => "pgoutput",
+            Self::Native | Self::Pgtandem | Self::PgtandemTwo | Self::Null => "pgoutput",
         }
     }
 
@@ -69,7 +78,8 @@ impl Contender {
     pub(crate) async fn prepare<'a>(self, stage: &Stage<'a>) -> Result<Ready<'a>> {
         match self {
             Self::Native => native::Subscription::create(stage, self.slot()).await.map(Ready::Native),
-            Self::Pgtandem => pgtandem::Commands::of(stage).map(Ready::Pgtandem),
+            Self::Pgtandem => pgtandem::Commands::of(stage, 1).map(Ready::Pgtandem),
+            Self::PgtandemTwo => pgtandem::Commands::of(stage, 2).map(Ready::Pgtandem),
             Self::Pgcopydb => pgcopydb::Follow::prepare(stage, self.slot()).await.map(Ready::Pgcopydb),
             Self::Null => Ok(Ready::Null(null::Order::of(stage, self.slot()))),
         }

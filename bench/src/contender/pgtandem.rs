@@ -27,12 +27,12 @@ pub(crate) struct Commands {
 }
 
 impl Commands {
-    /// Writes the configuration: both ends, and a port that nobody else uses.
-    pub(crate) fn of(stage: &Stage<'_>) -> Result<Self> {
+    /// Writes the configuration: both ends, a port that nobody else uses, and the number of workers, of which 1 is the default.
+    pub(crate) fn of(stage: &Stage<'_>, workers: u16) -> Result<Self> {
         let folder = stage.servers.folder.path();
         let config = folder.join("pgtandem.toml");
         let text = format!(
-            "[move]\nname = \"bench\"\n\n[source]\nurl = \"{}\"\n\n[target]\nurl = \"{}\"\n\n[http]\nlisten = \"127.0.0.1:{}\"\n",
+            "[move]\nname = \"bench\"\n\n[source]\nurl = \"{}\"\n\n[target]\nurl = \"{}\"\n\n[http]\nlisten = \"127.0.0.1:{}\"\n\n[follow]\nworkers = {workers}\n",
             stage.servers.source.url(DATABASE),
             stage.servers.pgtandem_target.url(DATABASE),
             free_port()?
@@ -68,7 +68,7 @@ impl Commands {
 pub(crate) async fn bring_up(stage: &Stage<'_>) -> Result<()> {
     let target = &stage.servers.pgtandem_target;
     target.execute("postgres", &format!("CREATE DATABASE {DATABASE} TEMPLATE template0")).await?;
-    let commands = Commands::of(stage)?;
+    let commands = Commands::of(stage, 1)?;
     process::run(commands.command(&["run", "--until", "follow"]), &commands.log).await.context("the first copy")?;
     target.execute("postgres", &format!("ALTER DATABASE {DATABASE} RENAME TO {TEMPLATE}")).await?;
     stage.copy_slot(SLOT, KEPT_SLOT, "pgoutput").await

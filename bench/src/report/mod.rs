@@ -33,7 +33,7 @@ impl Report {
             ("targets", version(programs.target.bin.join("postgres")).await?),
             ("clients", version(programs.pgbench()).await?),
         ];
-        if options.wants(Contender::Pgtandem) {
+        if options.wants(Contender::Pgtandem) || options.wants(Contender::PgtandemTwo) {
             versions.push(("pgtandem", version(&programs.pgtandem).await?));
         }
         if let Some(peer) = programs.pgcopydb.as_ref().filter(|_| options.wants(Contender::Pgcopydb)) {
