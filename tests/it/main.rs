@@ -14,6 +14,7 @@ mod copy_methods;
 mod demo;
 mod differential;
 mod docs;
+mod early;
 mod followed;
 mod harness_itself;
 mod leftover;

@@ -11,16 +11,16 @@ const CONTENT: &str = "
     insert into t select i, 'old' from generate_series(1, 100) i";
 
 /// A source that sends whatever it can while it is in progress, a target, and a move between them.
-struct Sides {
+pub struct Sides {
     source: Cluster,
     _target: Cluster,
-    from: Database,
-    to: Database,
-    pgtandem: Pgtandem,
+    pub from: Database,
+    pub to: Database,
+    pub pgtandem: Pgtandem,
 }
 
 impl Sides {
-    async fn of(source: u16, target: u16) -> Self {
+    pub async fn of(source: u16, target: u16) -> Self {
         let source =
             Cluster::builder(source).set("logical_decoding_work_mem", "64kB").set("max_prepared_transactions", "10");
         let (source, target) = tokio::join!(source.start(), Cluster::start(target));
@@ -30,21 +30,21 @@ impl Sides {
         Self { source, _target: target, from, to, pgtandem }
     }
 
-    async fn follow(&self) -> Running {
+    pub async fn follow(&self) -> Running {
         let mut daemon = self.pgtandem.spawn(&["run"]);
         following(&mut daemon, PATIENCE).await;
         daemon
     }
 
     /// A session on the source with a transaction of many rows, which are on their way to the daemon.
-    async fn large(&self, first: u32, count: u32) -> tokio_postgres::Client {
+    pub async fn large(&self, first: u32, count: u32) -> tokio_postgres::Client {
         let session = self.from.connect().await;
         run(&session, "begin").await;
         run(&session, &rows(first, count)).await;
         session
     }
 
-    async fn arrives(&self) {
+    pub async fn arrives(&self) {
         wait_until("both sides hold the same", 2 * PATIENCE, async || {
             differences(&self.from, &self.to).await.is_empty()
         })
@@ -66,7 +66,7 @@ impl Sides {
         }
     }
 
-    async fn ends(self, daemon: Running) {
+    pub async fn ends(self, daemon: Running) {
         assert_same(&self.from, &self.to).await;
         daemon.terminate();
         let ended = daemon.wait(PATIENCE).await;
@@ -75,11 +75,11 @@ impl Sides {
     }
 }
 
-fn rows(first: u32, count: u32) -> String {
+pub fn rows(first: u32, count: u32) -> String {
     format!("insert into t select i, repeat('x', 300) || i from generate_series({first}, {}) i", first + count - 1)
 }
 
-async fn run(session: &tokio_postgres::Client, sql: &str) {
+pub async fn run(session: &tokio_postgres::Client, sql: &str) {
     session.batch_execute(sql).await.unwrap_or_else(|error| panic!("{error:?} in {sql}"));
 }
 
@@ -349,7 +349,7 @@ async fn a_stop_in_the_middle_of_a_large_transaction_is_soon_done() {
 }
 
 impl Sides {
-    async fn arrives_in(&self, table: &str) {
+    pub async fn arrives_in(&self, table: &str) {
         let count = format!("select count(*) from {table}");
         let there = self.from.query_string(&count).await;
         wait_until("the rows arrive", PATIENCE, async || self.to.query_string(&count).await == there).await;
