@@ -279,13 +279,13 @@ impl Applier {
         if begun || !self.may_divide() { self.lane.start(work) } else { self.lane.start_divided(work) }
     }
 
-    /// Whether workers may share a batch that begins at progress. Where one went wrong before, the first worker goes on alone; and
+    /// Whether workers may share a batch that begins at progress. Up to where one went wrong before, the first worker goes on alone; and
     /// while some are ahead of progress, no others may come to be so, further ahead.
     fn may_divide(&mut self) -> bool {
         if self.ahead.as_ref().is_some_and(|ahead| ahead.until <= self.written()) {
             self.ahead = None;
         }
-        self.ahead.is_none() && self.settings.one_by_one == Lsn::ZERO
+        self.ahead.is_none() && self.settings.one_by_one <= self.written()
     }
 
     /// Brings the target to where the stream stands, inside the open source transaction.

@@ -16,8 +16,9 @@
 //! The commits of the others never wait for the target's disk: the first worker's comes after them in the target's log, so
 //! where it is durable, they are; and a crash of the target that takes back one of them takes back the first worker's too.
 //!
-//! Between the first of these commits and the last a reader of the target may see a part of a transaction. Whenever nothing runs,
-//! it sees a state that the source once had: a cutover's marker, a schema change, and whatever else needs it, waits for that.
+//! Between the first of these commits and the last a reader of the target may see a part of a transaction, and after a death there
+//! until the next run has got the batch again. Whenever nothing runs, it sees a state that the source once had: a
+//! cutover's marker, a schema change, and whatever else needs it, waits for that.
 //!
 //! No worker can wait for a lock of another one: they share no row, and no value of a unique index. Were one to wait all the
 //! same, it gives up after a while, and the batch is applied again by the first worker alone.
@@ -95,9 +96,14 @@ impl Lanes {
         let (Some(end), Some(division)) = (work.end, Division::of(&work.changes, workers)) else {
             return self.start(work);
         };
+        let mut shares = division.deal(work.changes);
+        let mut busy = shares.iter_mut().filter(|share| !share.is_empty());
+        if let (Some(only), None) = (busy.next(), busy.next()) {
+            return self.start(Work { changes: std::mem::take(only), end: Some(end), division: None });
+        }
         self.since = Instant::now();
         let division = Arc::new(division);
-        let mut shares = division.deal(work.changes).into_iter();
+        let mut shares = shares.into_iter();
         let share = |changes| Work { changes, end: None, division: Some(Arc::clone(&division)) };
         self.first.start(share(shares.next().unwrap_or_default()))?;
         for (lane, changes) in self.beside.iter_mut().zip(shares).filter(|(_, changes)| !changes.is_empty()) {

@@ -179,13 +179,13 @@ impl Follow<'_> {
                 // first can wait for alone.
                 Err(error)
                     if (error.class() == Class::Operator || self.waited_in_vain(&error))
-                        && met_at > Lsn::ZERO
-                        && manner.one_by_one == Lsn::ZERO
+                        && met_at > manner.one_by_one
                         && !stop.is_cancelled() =>
                 {
                     tracing::warn!(%error, "going on one by one up to the transaction in question");
-                    // Also, what a person is called for must not come from the source's way of decoding what is in progress.
-                    manner = Manner { one_by_one: met_at, streamed: false };
+                    // What a person is called for must not come from the source's way of decoding what is in progress.
+                    let streamed = manner.streamed && error.class() != Class::Operator;
+                    manner = Manner { one_by_one: met_at, streamed };
                 }
                 other => return other,
             }

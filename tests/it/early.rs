@@ -198,3 +198,29 @@ async fn a_death_around_the_commit_loses_and_doubles_nothing() {
     }
     sides.ends(daemon).await;
 }
+
+/// It is kept only in case that it is given up; then the source has it yet.
+#[tokio::test]
+async fn what_does_not_fit_here_is_applied_early_all_the_same() {
+    let mut sides = Sides::of(16, 16).await;
+    sides.pgtandem = sides.pgtandem.clone().env("PGTANDEM_FOLLOW_SPILL_MAX_BYTES", "1MiB");
+    let mut daemon = sides.follow().await;
+    let a = sides.early(1_000_000, 150_000).await;
+    daemon.wait_for_log("there is no room to keep a transaction in progress", PATIENCE).await;
+    sides.from.execute("insert into log values ('beside it')").await;
+    run(&a, "commit").await;
+    sides.arrives().await;
+    assert!(!daemon.stderr().contains("the source keeps large transactions itself"), "{}", daemon.stderr());
+
+    let b = sides.early(2_000_000, 150_000).await;
+    wait_until("the second one is not kept", PATIENCE, async || {
+        daemon.stderr().matches("there is no room to keep a transaction in progress").count() == 2
+    })
+    .await;
+    run(&b, "savepoint s").await;
+    run(&b, &rows(3_000_000, 5000)).await;
+    run(&b, "rollback to s; commit").await;
+    daemon.wait_for_log("the source keeps large transactions itself", PATIENCE).await;
+    sides.arrives().await;
+    sides.ends(daemon).await;
+}

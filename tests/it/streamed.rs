@@ -290,7 +290,7 @@ async fn what_does_not_fit_at_all_stays_on_the_source_until_it_commits() {
         let mut daemon = sides.follow().await;
 
         let a = sides.large(100_000, 60_000).await;
-        let b = sides.large(300_000, 60_000).await;
+        let b = sides.large(300_000, 120_000).await;
         daemon.wait_for_log("the source keeps large transactions itself", PATIENCE).await;
         run(&b, "commit").await;
         sides.from.execute("insert into log values ('between')").await;

@@ -35,7 +35,7 @@
 //! # What it holds
 //!
 //! All transactions in progress together hold so much memory at most as [`Bounds`] says; beyond, the largest one goes to a file
-//! ([`kept`]). Files are bounded as well. What fits in neither ends with the error [`SPILL_FAILED`], and nothing is lost by
+//! ([`kept`]). Files are bounded as well. The one that is applied early ([`super::early`]) is kept only while there is room. What fits in neither ends with the error [`SPILL_FAILED`], and nothing is lost by
 //! that: the source still has all of it, and keeps large transactions itself once it is asked with version 1.
 //!
 //! # Where the source fails
@@ -138,6 +138,15 @@ struct EarlyOne {
     given_up: Arc<AtomicBool>,
     /// Its descriptions, the last ones: they come out also where its rows do not.
     descriptions: BTreeMap<Described, Bytes>,
+    /// Its messages are kept.
+    kept: bool,
+}
+
+/// Why the largest could not go to its file.
+struct Unspilled {
+    error: Error,
+    /// The transaction of which something may be lost by that.
+    damaged: Option<u32>,
 }
 
 /// What is held, in bytes.
@@ -222,7 +231,7 @@ impl Streamed {
             let described = unread.described.map(|oid| (unread.kind, oid));
             let description = described.map(|described| (described, unread.bare()));
             self.keep(top, start, &unread)?;
-            if self.early(top).is_none() {
+            if self.early(top)?.is_none() {
                 return Ok(Taken::Kept);
             }
             let message = self.decoder.decode(payload).map_err(|why| malformed(start, &why))?.message;
@@ -237,13 +246,16 @@ impl Streamed {
             Message::StreamStop => self.block = None,
             Message::StreamCommit { xid, commit_lsn, .. } => {
                 self.commit(start, *xid, &message)?;
-                if self.early(*xid).is_some() {
+                if self.early(*xid)?.is_some() {
                     return Ok(Taken::EarlyCommits(*commit_lsn));
                 }
             }
             Message::StreamAbort { xid, subxid, .. } => {
                 self.roll_back(*xid, *subxid);
-                if self.early(*xid).is_some() {
+                if let Some(early) = self.early(*xid)? {
+                    if xid != subxid && !early.kept {
+                        return Err(not_kept("a part of it was rolled back"));
+                    }
                     self.early = None;
                     return Ok(Taken::Early(Part::RolledBack));
                 }
@@ -264,14 +276,22 @@ impl Streamed {
     }
 
     /// What is applied early, if it is this transaction, and was not given up.
-    fn early(&mut self, xid: u32) -> Option<&mut EarlyOne> {
-        self.early.take_if(|early| early.given_up.load(Ordering::Relaxed));
-        self.early.as_mut().filter(|early| early.xid == xid)
+    fn early(&mut self, xid: u32) -> Result<Option<&mut EarlyOne>> {
+        match self.early.take_if(|early| early.given_up.load(Ordering::Relaxed)) {
+            Some(EarlyOne { kept: false, .. }) => Err(not_kept("it was given up")),
+            _ => Ok(self.early.as_mut().filter(|early| early.xid == xid)),
+        }
     }
 
     /// The transaction that committed is on the target already, or it is not. Where it is, what comes out of it is what it described.
+    ///
+    /// # Errors
+    /// [`SPILL_FAILED`]: it is not, and was not kept.
     pub(super) fn settle_early(&mut self, applied: bool) -> Result<()> {
         let (Some(early), Some(committed)) = (self.early.take(), &mut self.committed) else { return Ok(()) };
+        if !applied && !early.kept {
+            return Err(not_kept("it was given up"));
+        }
         if applied {
             let mut kept = Kept::default();
             for ((kind, _), description) in early.descriptions {
@@ -336,7 +356,7 @@ impl Streamed {
             }
         }
         self.block = Some(xid);
-        if self.early(xid).is_some() {
+        if self.early(xid)?.is_some() {
             return Ok(Taken::Early(Part::Block { at: start, begins: None }));
         }
         // One at a time, and from its beginning.
@@ -345,7 +365,7 @@ impl Streamed {
         }
         let given_up = Arc::new(AtomicBool::new(false));
         let descriptions = BTreeMap::new();
-        self.early = Some(EarlyOne { xid, given_up: Arc::clone(&given_up), descriptions });
+        self.early = Some(EarlyOne { xid, given_up: Arc::clone(&given_up), descriptions, kept: true });
         Ok(Taken::Early(Part::Block { at: start, begins: Some(Begins { xid, given_up }) }))
     }
 
@@ -360,33 +380,67 @@ impl Streamed {
             unfinished.overtaken.remove(&(unread.kind, oid));
         }
         let xid = unread.xid.unwrap_or(top);
-        unfinished.kept.push(xid, start, unread.kind, unread.rest).map_err(|error| malformed(start, &error))?;
+        if self.early.as_ref().is_none_or(|early| early.xid != top || early.kept) {
+            unfinished.kept.push(xid, start, unread.kind, unread.rest).map_err(|error| malformed(start, &error))?;
+        }
         self.held.memory = self.held.memory + unfinished.in_memory() - before;
         self.make_room()
     }
 
-    /// The largest go to their files until the rest fits.
+    /// The largest go to their files until the rest fits. Where there is no room for that, the one that is applied early is not kept
+    /// any longer: that is needed only if it is given up.
     fn make_room(&mut self) -> Result<()> {
         while self.held.memory > self.bounds.memory {
-            let largest = self.unfinished.values_mut().max_by_key(|unfinished| unfinished.kept.in_memory());
-            let Some(Unfinished { kept, .. }) = largest.filter(|largest| largest.kept.in_memory() > 0) else {
-                return Err(no_room("there are more of them than can be remembered"));
-            };
-            let (memory, bytes) = (kept.in_memory(), kept.to_spill());
-            if self.held.disk.saturating_add(bytes) > self.bounds.disk {
-                return Err(no_room("they hold more than follow.spill_max_bytes"));
+            if let Err(Unspilled { error, damaged }) = self.spill_largest()
+                && !self.let_go_of_early(damaged)
+            {
+                return Err(error);
             }
-            if !kept.has_file() {
-                if self.files >= self.bounds.files {
-                    return Err(no_room("there are more of them than files may be open"));
-                }
-                self.files += 1;
-            }
-            kept.spill().map_err(|error| unwritable(&error))?;
-            self.held.memory -= memory;
-            self.held.disk += bytes;
         }
         Ok(())
+    }
+
+    fn spill_largest(&mut self) -> Result<(), Unspilled> {
+        let full = |why| Unspilled { error: no_room(why), damaged: None };
+        let largest = self.unfinished.iter_mut().max_by_key(|(_, unfinished)| unfinished.kept.in_memory());
+        let Some((&xid, Unfinished { kept, .. })) = largest.filter(|(_, largest)| largest.kept.in_memory() > 0) else {
+            return Err(full("there are more of them than can be remembered"));
+        };
+        let (memory, bytes) = (kept.in_memory(), kept.to_spill());
+        if self.held.disk.saturating_add(bytes) > self.bounds.disk {
+            return Err(full("they hold more than follow.spill_max_bytes"));
+        }
+        let (on_disk, has_file) = (kept.on_disk(), kept.has_file());
+        if !has_file && self.files >= self.bounds.files {
+            return Err(full("there are more of them than files may be open"));
+        }
+        let spilled = kept.spill();
+        // Also of what could not be written whole.
+        self.held.disk += kept.on_disk() - on_disk;
+        self.files += usize::from(kept.has_file()) - usize::from(has_file);
+        spilled.map_err(|error| Unspilled { error: unwritable(&error), damaged: Some(xid) })?;
+        self.held.memory -= memory;
+        Ok(())
+    }
+
+    /// Whether the transaction that is applied early was kept, and no other one is damaged. What was kept of it is gone then.
+    fn let_go_of_early(&mut self, damaged: Option<u32>) -> bool {
+        let Some(early) = self.early.as_mut().filter(|early| early.kept && !early.given_up.load(Ordering::Relaxed))
+        else {
+            return false;
+        };
+        let Some(unfinished) =
+            self.unfinished.get_mut(&early.xid).filter(|_| damaged.is_none_or(|xid| xid == early.xid))
+        else {
+            return false;
+        };
+        early.kept = false;
+        let kept = std::mem::take(&mut unfinished.kept);
+        self.held.memory -= kept.in_memory();
+        self.held.disk -= kept.on_disk();
+        self.files -= usize::from(kept.has_file());
+        tracing::info!(xid = early.xid, "there is no room to keep a transaction in progress that is applied meanwhile");
+        true
     }
 
     /// Takes a transaction out of those in progress.
@@ -469,6 +523,11 @@ pub(super) fn failed_on_the_source(error: Error) -> Error {
         Some("XX000") => error.recoded(Class::Wait, "streaming_failed"),
         _ => error,
     }
+}
+
+/// Of the one that was applied early.
+fn not_kept(why: &str) -> Error {
+    no_room(&format!("one that was applied meanwhile could not be kept as well, and {why}"))
 }
 
 fn no_room(why: &str) -> Error {

@@ -427,6 +427,35 @@ fn what_does_not_fit_ends_with_an_error_that_says_why() {
     }
 }
 
+/// What is applied early needs no room, as long as it is not given up.
+#[test]
+fn what_is_applied_early_is_not_kept_where_it_does_not_fit() {
+    let top = xid(0, 0);
+    let mut sent = vec![stream_start(top, true), inside(top, &relation(1, 1))];
+    sent.extend((0..100).map(|row| inside(top, &insert(1, row, 5000))));
+    sent.push(stream_stop());
+    let none = Bounds { files: 0, ..FILES_ALONE };
+    let with = |last: &[Bytes], early| {
+        let mut streamed = Streamed::new(Protocol::V2, none);
+        let sent: Vec<Bytes> = sent.iter().chain(last).cloned().collect();
+        out_with(&mut streamed, &sent, &[early]).map(|out| (out, streamed.held(), streamed.files))
+    };
+
+    let (out, held, files) = with(&[stream_commit(top)], Early::Applied).unwrap();
+    // Begin, its rows, what it described once more, Commit.
+    assert_eq!(out.len(), 1 + 101 + 1 + 1);
+    assert_eq!((held, files), (Held::default(), 0));
+    with(&[stream_abort(top, top)], Early::Applied).unwrap();
+
+    for (last, early) in [
+        (stream_commit(top), Early::NotApplied),
+        (stream_abort(top, xid(0, 1)), Early::Applied),
+        (stream_commit(top), Early::GivenUp),
+    ] {
+        assert_eq!(with(&[last], early).unwrap_err().code(), SPILL_FAILED);
+    }
+}
+
 #[test]
 fn what_is_out_of_place_is_an_error_that_names_its_position() {
     let (open, change) = (stream_start(5, true), inside(5, &insert(1, 1, 0)));
