@@ -255,9 +255,7 @@ impl Executor {
             end.applied.transactions.to_string(),
             end.applied.changes().to_string(),
         ];
-        let values = values.iter().map(|v| (!v.is_empty()).then_some(v.as_bytes()));
-        let key = StatementKey::Own("progress");
-        self.pipeline.execute(key, || PROGRESS.to_owned(), values, Purpose::Own("progress")).await
+        self.write_down("progress", PROGRESS, &values).await
     }
 
     async fn advance_worker(&mut self, end: &End, division: &Division) -> Result<()> {
@@ -269,9 +267,13 @@ impl Executor {
             division.workers.to_string(),
             split_json(&division.split),
         ];
-        let values = values.iter().map(|value| Some(value.as_bytes()));
-        let key = StatementKey::Own("worker's progress");
-        self.pipeline.execute(key, || WORKER_PROGRESS.to_owned(), values, Purpose::Own("worker's progress")).await
+        self.write_down("worker's progress", WORKER_PROGRESS, &values).await
+    }
+
+    /// An empty value stands for NULL.
+    async fn write_down(&mut self, what: &'static str, sql: &str, values: &[String]) -> Result<()> {
+        let values = values.iter().map(|value| (!value.is_empty()).then_some(value.as_bytes()));
+        self.pipeline.execute(StatementKey::Own(what), || sql.to_owned(), values, Purpose::Own(what)).await
     }
 
     async fn missing_rows(&mut self) -> Result<()> {

@@ -35,14 +35,6 @@ impl Store {
     pub async fn workers_ahead(&self) -> Result<Option<WorkersAhead>> {
         let session = self.session().await?;
         let client = session.get()?;
-        let known: bool = client
-            .query_one("SELECT pg_catalog.to_regclass('pgtandem.worker_progress') IS NOT NULL", &[])
-            .await
-            .doing(|| "looking for the progress of workers")?
-            .try_get(0)?;
-        if !known {
-            return Ok(None);
-        }
         let rows = client
             .query(
                 "SELECT w.worker, w.workers, w.lsn::text, w.split::text
