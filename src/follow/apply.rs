@@ -36,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use super::announced::Announced;
 use super::change::{Change, Position};
 use super::ddl::{Moved, SchemaChanges};
-use super::early::{Early, IN_THE_WAY, Part};
+use super::early::{Early, Part};
 use super::executor::{End, Work};
 use super::lanes::Lanes;
 use super::pipeline::Pipeline;
@@ -153,7 +153,7 @@ impl Applier {
                 () = self.stop.cancelled() => return self.finish().await,
                 finished = self.lane.finished() => self.finished(finished?)?,
                 outcome = self.early.finished() => self.early_finished(outcome).await,
-                () = wait_until(in_the_way) => self.give_up_early(IN_THE_WAY).await,
+                () = wait_until(in_the_way) => self.early_in_the_way().await,
                 () = self.gate.closed(), if self.early.is_open() => self.give_up_early("nothing may be begun").await,
                 received = self.queue.receive(), if has_room => match received {
                     Some((chunk, weight)) => {
@@ -206,15 +206,15 @@ impl Applier {
 
     /// Whole transactions are committed. Half a transaction is rolled back by the end of the connection.
     async fn finish(mut self) -> Result<()> {
+        // It would be in nobody's way for longer than a stop may take.
+        self.early.end().await;
         self.free().await?;
         if self.batch.as_ref().is_some_and(|batch| batch.whole.is_some()) && self.may_begin() {
             self.hand_over()?;
             self.free().await?;
         }
         self.make_durable()?;
-        self.free().await?;
-        self.early.end().await;
-        Ok(())
+        self.free().await
     }
 
     /// Waits until the target has done what it was given.
@@ -225,7 +225,7 @@ impl Applier {
                 biased;
                 finished = self.lane.finished() => self.finished(finished?)?,
                 outcome = self.early.finished() => self.early_finished(outcome).await,
-                () = wait_until(in_the_way) => self.give_up_early(IN_THE_WAY).await,
+                () = wait_until(in_the_way) => self.early_in_the_way().await,
             }
         }
         Ok(())
@@ -275,7 +275,7 @@ impl Applier {
             || self.schema.end_the_batch()
             || self.durable_at.elapsed() >= DURABLE_EVERY;
         let begun = batch.begun;
-        let work = Work { changes: batch.changes, end: Some(end), division: None };
+        let work = Work { changes: batch.changes, end: Some(end), ..Work::default() };
         if begun || !self.may_divide() { self.lane.start(work) } else { self.lane.start_divided(work) }
     }
 
@@ -285,7 +285,7 @@ impl Applier {
         if self.ahead.as_ref().is_some_and(|ahead| ahead.until <= self.written()) {
             self.ahead = None;
         }
-        self.ahead.is_none() && self.settings.one_by_one <= self.written()
+        self.ahead.is_none() && self.settings.one_by_one < self.written()
     }
 
     /// Brings the target to where the stream stands, inside the open source transaction.

@@ -15,16 +15,18 @@
 //!
 //! # Where it is given up
 //!
-//! The transaction is also kept ([`super::streamed`]). Whenever something is not as it should be, what was applied early is rolled
+//! The transaction is also kept ([`super::streamed`]), while there is room; where there is not, the source is asked for it again. Whenever something is not as it should be, what was applied early is rolled
 //! back, and the transaction is applied from there, once it has committed, as if nothing had been. So nothing here has to mend
 //! anything. It is given up
 //!
 //! - at an error, a row that is not found, or another number of rows than there should be;
 //! - when a part of it is rolled back: the locks that this gave up on the source must go here, too;
-//! - for a TRUNCATE or a schema change, its own or another one's: they want locks of whole tables;
+//! - for a TRUNCATE or a schema change of its own, and for another one's schema change: they want locks of whole tables;
+//! - for a table whose triggers or rules fire for us: they would notice the order;
 //! - for updates and deletes without a key: rows that look alike are not the same row on both sides, so others may wait for it;
 //! - for a table whose cut is not passed yet: whether a row is in the copy depends on the commit;
-//! - when others wait ([`PATIENCE`]): the target may have a lock, such as that of an index of its own, that the source has not;
+//! - when it waits for a lock for three seconds, or others may be waiting for it so long ([`PATIENCE`]): the target may have locks that the
+//!   source has not, such as those of an index or of a user of its own;
 //! - when the gate closes.
 
 use std::future::pending;
@@ -42,7 +44,7 @@ use super::executors::Executors;
 use super::lane::Lane;
 use super::lanes::Lanes;
 use super::relation::Finder;
-use crate::error::{Error, Result};
+use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
 use crate::telemetry::BatchApplied;
@@ -56,11 +58,8 @@ const MOST: u64 = 8 << 20;
 /// A batch that takes so long may be waiting for what was applied early.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// After so many errors in one run of following, nothing more is tried.
+/// After so many errors, or waits of others, nothing more is tried until the stream is opened again.
 const TRIES: u32 = 3;
-
-/// Why it is given up after [`PATIENCE`].
-pub(super) const IN_THE_WAY: &str = "others may be waiting for it";
 
 /// What the stream says of the transaction that is applied early.
 #[derive(Debug)]
@@ -124,7 +123,7 @@ impl Early {
             return Ok(());
         }
         open.bytes = 0;
-        lane.start(Work { changes: std::mem::take(&mut open.changes), ..Work::default() })
+        lane.start(Work { changes: std::mem::take(&mut open.changes), early: true, ..Work::default() })
     }
 
     pub(super) fn is_free(&self) -> bool {
@@ -155,9 +154,16 @@ impl Early {
 
     /// Following ends. A session that waits for something would not notice, and keep its locks.
     pub(super) async fn end(&mut self) {
+        self.open = None;
         if let Some(lane) = self.lane.take().filter(|lane| !lane.is_free()) {
             self.executors.end(&[lane.process_id()]).await;
         }
+    }
+
+    /// Makes the plan of one of its relations, over its connection, which is free.
+    async fn plan(&mut self, relation: u32, generation: u64) -> Result<()> {
+        let (Some(open), Some(lane)) = (&mut self.open, &mut self.lane) else { return Ok(()) };
+        open.announced.plan(relation, &mut lane.executor()?.pipeline, generation).await.map(drop)
     }
 
     async fn give_up(&mut self, why: &str) {
@@ -189,11 +195,7 @@ impl Applier {
                 }
                 self.block_early(at).await?;
             }
-            Part::Message(message) => {
-                if let Err(error) = self.message_early(message).await {
-                    self.early_failed(&error).await;
-                }
-            }
+            Part::Message(message) => self.message_early(message).await?,
             Part::RolledBack => self.give_up_early("a part of it was rolled back").await,
             Part::Commits { applied, .. } => {
                 let is_applied = self.adopt_early().await?;
@@ -214,6 +216,12 @@ impl Applier {
         if let Err(error) = outcome {
             self.early_failed(&error).await;
         }
+    }
+
+    /// A batch takes so long that it may be waiting for it.
+    pub(super) async fn early_in_the_way(&mut self) {
+        self.early.errors += 1;
+        self.give_up_early("others may be waiting for it").await;
     }
 
     async fn early_failed(&mut self, error: &Error) {
@@ -279,30 +287,44 @@ impl Applier {
         Ok(())
     }
 
+    /// # Errors
+    /// Those of batches that end meanwhile. With an error of its own it is given up.
     async fn row_early(&mut self, relation: u32, mut message: Message) -> Result<()> {
         loop {
             let Some(open) = &mut self.early.open else { return Ok(()) };
-            match open.announced.row(relation, open.at, message)? {
-                Row::Change(change) => return self.collect_early(change).await,
-                Row::Copied => return Err(Error::bug("a row is in a copy though its table has no cut")),
-                Row::Unplanned(unplanned) => message = unplanned,
+            match open.announced.row(relation, open.at, message) {
+                Ok(Row::Change(change)) => {
+                    self.collect_early(change).await;
+                    return Ok(());
+                }
+                Ok(Row::Unplanned(unplanned)) => message = unplanned,
+                Ok(Row::Copied) => {
+                    self.early_failed(&Error::bug("a row is in a copy though its table has no cut")).await;
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.early_failed(&error).await;
+                    return Ok(());
+                }
             }
             self.free_early().await?;
             let generation = self.next_generation();
-            let Early { open: Some(open), lane: Some(lane), .. } = &mut self.early else { return Ok(()) };
-            open.announced.plan(relation, &mut lane.executor()?.pipeline, generation).await?;
+            if let Err(error) = self.early.plan(relation, generation).await {
+                self.early_failed(&error).await;
+            }
         }
     }
 
-    async fn collect_early(&mut self, change: Change) -> Result<()> {
-        if matches!(change.plan.finder, Finder::WholeRow) && change.operation() != Operation::Insert {
+    async fn collect_early(&mut self, change: Change) {
+        if change.plan.observed {
+            self.give_up_early("something on the target reacts to its rows").await;
+        } else if matches!(change.plan.finder, Finder::WholeRow) && change.operation() != Operation::Insert {
             self.give_up_early("it changes rows that have no key").await;
         }
-        let Some(open) = &mut self.early.open else { return Ok(()) };
+        let Some(open) = &mut self.early.open else { return };
         change.operation().count(&mut open.applied);
         open.bytes += change.bytes() as u64;
         open.changes.push(change);
-        Ok(())
     }
 
     /// Waits until the target has done what it was given of it. Batches go on meanwhile: it may be waiting for one.
@@ -329,9 +351,22 @@ impl Applier {
         }
         self.free_early().await?;
         let Some(lane) = self.early.lane.as_mut().filter(|_| self.early.open.is_some()) else { return Ok(false) };
-        if let Err(error) = lane.executor()?.adopt().await {
-            self.early_failed(&error).await;
+        let progress = match lane.executor()?.adopt().await {
+            Ok(progress) => progress,
+            Err(error) => {
+                self.early_failed(&error).await;
+                return Ok(false);
+            }
+        };
+        // Its session may have begun after a crash of the target that took back what the other one committed.
+        if progress != self.written() {
+            return Err(Error::new(
+                Class::Retry,
+                "progress_went_back",
+                format!("progress on the target is {progress}, and {} was committed", self.written()),
+            ));
         }
+        self.lane.executor()?;
         let (Some(open), Some(lane)) = (self.early.open.take(), self.early.lane.take()) else { return Ok(false) };
         self.early.lane = Some(self.lane.replace_first(lane));
         self.batch = Some(Batch::applied_early(open.applied));

@@ -26,6 +26,10 @@ const TRIES: usize = 3;
 /// long is given up.
 const WAIT_LITTLE: &str = "SET LOCAL lock_timeout = '20s'";
 
+/// What is applied early can as well be applied later: it waits for nobody, while the stream behind it does.
+const WAIT_BRIEFLY: &str = "SET LOCAL lock_timeout = '3s'";
+const WAIT_AS_EVER: &str = "SET LOCAL lock_timeout TO DEFAULT";
+
 const SAVEPOINT: &str = "SAVEPOINT pgtandem_sets";
 const RELEASE: &str = "RELEASE SAVEPOINT pgtandem_sets";
 const ROLLBACK: &str = "ROLLBACK TO SAVEPOINT pgtandem_sets";
@@ -50,6 +54,8 @@ pub(super) struct Work {
     pub end: Option<End>,
     /// How the batch is divided of which the changes are one worker's share.
     pub division: Option<Arc<Division>>,
+    /// The changes belong to a transaction that has not committed yet.
+    pub early: bool,
 }
 
 /// The end of a batch.
@@ -68,13 +74,18 @@ pub(super) struct End {
 impl Executor {
     /// Runs the work; the end that is durable now, if it had one.
     pub(super) async fn run(&mut self, work: &Work) -> Result<Option<End>> {
+        let is_new = self.open.is_none();
         self.begin().await?;
+        if work.early && is_new {
+            self.own(WAIT_BRIEFLY).await?;
+        }
         if work.division.is_some() && work.end.is_none() {
             self.own(WAIT_LITTLE).await?;
         }
         self.apply(&work.changes).await?;
         let Some(mut end) = work.end else {
             match work.division {
+                None if work.early => self.nothing_missing().await?,
                 None => self.pipeline.send().await?,
                 Some(_) => self.complete().await?,
             }
@@ -89,19 +100,30 @@ impl Executor {
         Ok(Some(end))
     }
 
-    /// Takes what was applied early for a batch that begins here and has all its changes.
-    ///
-    /// # Errors
-    /// A change could not be applied, or found no row.
-    pub(super) async fn adopt(&mut self) -> Result<()> {
-        self.pipeline.settle().await?;
-        if self.pipeline.missing() > 0 {
-            let message = format!("{} rows were not found on the target", self.pipeline.missing());
-            return Err(Error::new(Class::Operator, "row_missing", message));
+    /// Takes what was applied early for a batch that begins here and has all its changes; tells the progress that its session sees.
+    pub(super) async fn adopt(&mut self) -> Result<Lsn> {
+        if self.open.is_some() {
+            self.own(WAIT_AS_EVER).await?;
+            // How long the source took to commit it is not the batch's duration.
+            self.open = Some(Instant::now());
         }
-        // How long the source took to commit it is not the batch's duration.
-        self.open = self.open.map(|_| Instant::now());
-        Ok(())
+        let sql =
+            format!("SELECT lsn::text FROM pgtandem.progress WHERE move = {}", quote_literal(self.move_name.as_str()));
+        let rows = self.pipeline.query(&sql).await?;
+        let progress = rows.into_iter().flatten().flatten().next().unwrap_or_default();
+        progress.parse().map_err(|_| Error::bug(format!("progress is {progress:?}")))
+    }
+
+    /// Reads every answer; everything that was to be found was.
+    async fn nothing_missing(&mut self) -> Result<()> {
+        self.pipeline.settle().await?;
+        match self.pipeline.missing() {
+            0 => Ok(()),
+            missing => {
+                let message = format!("{missing} rows were not found on the target");
+                Err(Error::new(Class::Operator, "row_missing", message))
+            }
+        }
     }
 
     /// Reads every answer, and rolls back what is open.
@@ -109,7 +131,7 @@ impl Executor {
         if self.open.is_some() {
             self.pipeline.query("ROLLBACK").await?;
             self.pipeline.forget_missing(0);
-            *self.pipeline.guided() = false;
+            self.pipeline.unguided();
             self.open = None;
         }
         Ok(())
@@ -165,7 +187,7 @@ impl Executor {
             };
             self.telemetry.fallback(reason(&error));
             self.own(ROLLBACK).await?;
-            *self.pipeline.guided() = false;
+            self.pipeline.unguided();
             self.pipeline.forget_missing(missing);
             // A statement for a single row was refused: it may want the order of all tables, as a CHECK does that reads another one.
             let Some(culprit) = culprit else {

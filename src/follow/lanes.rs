@@ -99,12 +99,12 @@ impl Lanes {
         let mut shares = division.deal(work.changes);
         let mut busy = shares.iter_mut().filter(|share| !share.is_empty());
         if let (Some(only), None) = (busy.next(), busy.next()) {
-            return self.start(Work { changes: std::mem::take(only), end: Some(end), division: None });
+            return self.start(Work { changes: std::mem::take(only), end: Some(end), ..Work::default() });
         }
         self.since = Instant::now();
         let division = Arc::new(division);
         let mut shares = shares.into_iter();
-        let share = |changes| Work { changes, end: None, division: Some(Arc::clone(&division)) };
+        let share = |changes| Work { changes, division: Some(Arc::clone(&division)), ..Work::default() };
         self.first.start(share(shares.next().unwrap_or_default()))?;
         for (lane, changes) in self.beside.iter_mut().zip(shares).filter(|(_, changes)| !changes.is_empty()) {
             lane.start(share(changes))?;
@@ -136,7 +136,7 @@ impl Lanes {
         for lane in &mut self.beside {
             if lane.executor()?.open.is_some() {
                 let end = Some(End { durable: false, ..end });
-                lane.start(Work { changes: Vec::new(), end, division: Some(Arc::clone(&division)) })?;
+                lane.start(Work { end, division: Some(Arc::clone(&division)), ..Work::default() })?;
             }
         }
         self.divided = Some(Divided { end, division, stage: Stage::Commit });

@@ -149,7 +149,8 @@ impl Follow<'_> {
         self.gate.engage(false);
         self.marker.recognise_by_position(false);
         let reached = watch::channel(Lsn::ZERO).0;
-        let mut manner = Manner { one_by_one: Lsn::ZERO, streamed: self.config.follow.spill_max_bytes > 0 };
+        let streamed = self.config.follow.spill_max_bytes > 0;
+        let mut manner = Manner { one_by_one: Lsn::ZERO, for_a_person: false, streamed };
         loop {
             let outcome = self.attempt(stop, manner, &reached).await;
             let met_at = *reached.borrow();
@@ -178,14 +179,14 @@ impl Follow<'_> {
                 // they then change there must not meet changes that came before. And what makes several workers wait, the
                 // first can wait for alone.
                 Err(error)
-                    if (error.class() == Class::Operator || self.waited_in_vain(&error))
+                    if (error.class() == Class::Operator && !manner.for_a_person || self.waited_in_vain(&error))
                         && met_at > manner.one_by_one
                         && !stop.is_cancelled() =>
                 {
                     tracing::warn!(%error, "going on one by one up to the transaction in question");
                     // What a person is called for must not come from the source's way of decoding what is in progress.
-                    let streamed = manner.streamed && error.class() != Class::Operator;
-                    manner = Manner { one_by_one: met_at, streamed };
+                    let for_a_person = manner.for_a_person || error.class() == Class::Operator;
+                    manner = Manner { one_by_one: met_at, for_a_person, streamed: manner.streamed && !for_a_person };
                 }
                 other => return other,
             }
@@ -364,6 +365,8 @@ struct Ends {
 struct Manner {
     /// [`Settings::one_by_one`]
     one_by_one: Lsn,
+    /// An error that calls for a person was met, once.
+    for_a_person: bool,
     /// The source sends large transactions while they are in progress, if it can.
     streamed: bool,
 }

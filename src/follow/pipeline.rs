@@ -122,8 +122,14 @@ impl Pipeline {
         self.wire.process_id()
     }
 
-    pub(super) fn guided(&mut self) -> &mut bool {
-        &mut self.guided
+    /// Sets whether statements are guided; whether they were.
+    pub(super) fn replace_guided(&mut self, guided: bool) -> bool {
+        std::mem::replace(&mut self.guided, guided)
+    }
+
+    /// What was said in the transaction, or since the savepoint, was rolled back.
+    pub(super) fn unguided(&mut self) {
+        self.guided = false;
     }
 
     /// Encodes one statement. `sql` is asked for the text the first time that `key` comes.

@@ -105,7 +105,7 @@ impl Pipeline {
     /// Whether the statements that follow shall find their rows by an index, whatever the planner thinks of that; until the target
     /// transaction ends.
     pub(super) async fn guide(&mut self, by_index: bool) -> Result<()> {
-        if std::mem::replace(self.guided(), by_index) == by_index {
+        if self.replace_guided(by_index) == by_index {
             return Ok(());
         }
         for sql in if by_index { GUIDE } else { UNGUIDE } {

@@ -149,7 +149,8 @@ fn connections_needed(look: &Look<'_>, side: Side) -> i64 {
     let workers = look.config.copy.workers.get();
     let own = match side {
         Side::Source => workers + 4,
-        Side::Target => workers.max(look.config.copy.index_workers.get()).max(look.config.follow.workers.get()) + 4,
+        // Beside the workers, one applies what is in progress.
+        Side::Target => workers.max(look.config.copy.index_workers.get()).max(look.config.follow.workers.get() + 1) + 4,
     };
     i64::try_from(own).unwrap_or(i64::MAX)
 }

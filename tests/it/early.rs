@@ -224,3 +224,19 @@ async fn what_does_not_fit_here_is_applied_early_all_the_same() {
     sides.arrives().await;
     sides.ends(daemon).await;
 }
+
+/// Whoever holds a lock of the target holds up what waits for it, and nothing else.
+#[tokio::test]
+async fn others_go_on_while_a_table_is_locked_on_the_target() {
+    let (sides, mut daemon) = Sides::followed(15, 15).await;
+    let holder = sides.to.connect().await;
+    run(&holder, "begin; lock table t in share mode").await;
+    let a = sides.large(10_000, 60_000).await;
+    daemon.wait_for_log(GIVEN_UP, PATIENCE).await;
+    sides.from.execute("insert into log values ('beside it')").await;
+    sides.arrives_in("log").await;
+    run(&holder, "rollback").await;
+    run(&a, "commit").await;
+    sides.arrives().await;
+    sides.ends(daemon).await;
+}

@@ -11,7 +11,8 @@
 //!
 //! At Stream Commit: Begin, the transaction's messages in their order without what was rolled back, Commit. A transaction that
 //! is small enough is sent as before, and passes through. Commits come in the order of the source's log in either version, so
-//! the order of what comes out is the same. Nothing comes out of a transaction that has not committed.
+//! the order of what comes out is the same. Nothing comes out of a transaction that has not committed, except of the one that is applied early
+//! ([`super::early`]): of that one, all comes out as it comes in, and what it described once more at its commit.
 //!
 //! **After another start** the source sends a transaction in parts only if its commit record lies at or after the position that
 //! we asked for: it decodes from further back, but begins to stream only there. So what is on the target already does not come
@@ -252,11 +253,11 @@ impl Streamed {
             }
             Message::StreamAbort { xid, subxid, .. } => {
                 self.roll_back(*xid, *subxid);
-                if let Some(early) = self.early(*xid)? {
-                    if xid != subxid && !early.kept {
-                        return Err(not_kept("a part of it was rolled back"));
-                    }
-                    self.early = None;
+                // Of what was rolled back as a whole nothing is needed any more.
+                if xid != subxid && self.early(*xid)?.is_some_and(|early| !early.kept) {
+                    return Err(not_kept("a part of it was rolled back"));
+                }
+                if self.early.take_if(|early| early.xid == *xid).is_some() {
                     return Ok(Taken::Early(Part::RolledBack));
                 }
             }
