@@ -8,13 +8,8 @@ use crate::streamed::{Sides, rows, run};
 
 /// Sessions that have written to a table and have not committed.
 const WRITERS: &str = "
-    select count(distinct l.pid) from pg_locks l join pg_stat_activity a using (pid)
+    select distinct l.pid from pg_locks l join pg_stat_activity a using (pid)
     where l.relation = 't'::regclass and l.mode = 'RowExclusiveLock' and a.application_name = 'pgtandem app apply'";
-
-const KILL_WRITERS: &str = "
-    select count(pg_terminate_backend(pid)) from (
-        select distinct l.pid from pg_locks l join pg_stat_activity a using (pid)
-        where l.relation = 't'::regclass and l.mode = 'RowExclusiveLock' and a.application_name = 'pgtandem app apply') w";
 
 /// What the log says where a transaction is given up.
 const GIVEN_UP: &str = "a transaction in progress is applied once it has committed";
@@ -27,8 +22,13 @@ impl Sides {
         (sides, daemon)
     }
 
+    /// How many sessions write; with `pg_terminate_backend(pid)` they end.
+    async fn writers(&self, counted: &str) -> String {
+        self.to.query_string(&format!("select count({counted}) from ({WRITERS}) w")).await
+    }
+
     async fn is_applied_early(&self) {
-        wait_until("it is applied early", PATIENCE, async || self.to.query_string(WRITERS).await == "1").await;
+        wait_until("it is applied early", PATIENCE, async || self.writers("pid").await == "1").await;
     }
 
     /// A transaction in progress of which something is on the target.
@@ -77,7 +77,7 @@ async fn what_is_rolled_back_leaves_nothing() {
     run(&b, "savepoint s; update t set v = 'never'").await;
     run(&b, &rows(30_000, 3000)).await;
     run(&b, "rollback to s; update t set v = 'in the end' where id < 20").await;
-    wait_until("it is given up", PATIENCE, async || sides.to.query_string(WRITERS).await == "0").await;
+    wait_until("it is given up", PATIENCE, async || sides.writers("pid").await == "0").await;
     // What the savepoint had locked is free again.
     sides.from.execute("update t set v = 'free' where id = 50").await;
     run(&b, "commit").await;
@@ -147,7 +147,7 @@ async fn an_error_costs_nothing_but_time() {
     for round in 1..=4 {
         let first = round * 10_000;
         let a = if round < 4 { sides.early(first, 5000).await } else { sides.large(first, 5000).await };
-        let killed = sides.to.query_string(KILL_WRITERS).await;
+        let killed = sides.writers("pg_terminate_backend(pid)").await;
         // After three errors no more is tried.
         assert_eq!(killed, if round < 4 { "1" } else { "0" });
         run(&a, &rows(first + 5000, 3000)).await;

@@ -229,16 +229,12 @@ impl Streamed {
         if let Some(top) = self.block
             && let Some(unread) = self.decoder.peek(payload).map_err(|why| malformed(start, &why))?
         {
-            let described = unread.described.map(|oid| (unread.kind, oid));
-            let description = described.map(|described| (described, unread.bare()));
             self.keep(top, start, &unread)?;
-            if self.early(top)?.is_none() {
-                return Ok(Taken::Kept);
+            let Some(early) = self.early(top)? else { return Ok(Taken::Kept) };
+            if let Some(oid) = unread.described {
+                early.descriptions.insert((unread.kind, oid), unread.bare());
             }
             let message = self.decoder.decode(payload).map_err(|why| malformed(start, &why))?.message;
-            if let Some(((described, description), early)) = description.zip(self.early.as_mut()) {
-                early.descriptions.insert(described, description);
-            }
             return Ok(Taken::Early(Part::Message(message)));
         }
         let message = self.decoder.decode(payload).map_err(|why| malformed(start, &why))?.message;
