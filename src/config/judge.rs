@@ -103,7 +103,19 @@ impl Judge<'_> {
         let workers = self.count("copy.workers", 1..=64);
         let index_workers = self.count("copy.index_workers", 1..=64);
         let split_above = self.size("copy.split_above", MIB..=u64::MAX);
-        Some(Copy { method: method?, workers: workers?, index_workers: index_workers?, split_above: split_above? })
+        let first = self.patterns("copy.first");
+        let max_bytes_per_second = self.size("copy.max_bytes_per_second", 0..=u64::MAX);
+        if max_bytes_per_second.is_some_and(|most| (1..64 << 10).contains(&most)) {
+            self.problems.add("copy.max_bytes_per_second: must be 0, or at least 64KiB");
+        }
+        Some(Copy {
+            method: method?,
+            workers: workers?,
+            index_workers: index_workers?,
+            split_above: split_above?,
+            first,
+            max_bytes_per_second: max_bytes_per_second?,
+        })
     }
 
     fn follow(&mut self) -> Option<Follow> {

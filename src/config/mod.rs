@@ -172,8 +172,12 @@ pub struct Copy {
     pub workers: NonZeroUsize,
     /// Indexes built at the same time.
     pub index_workers: NonZeroUsize,
-    /// In bytes; a larger table is copied by several workers.
+    /// In bytes; a larger table is copied in parts, by several workers.
     pub split_above: u64,
+    /// Tables that are copied before all others, in this order.
+    pub first: Vec<TablePattern>,
+    /// Of all workers together, as COPY writes rows; 0: no bound.
+    pub max_bytes_per_second: u64,
 }
 
 /// `copy.method`

@@ -8,15 +8,16 @@
 //! *A table that one worker copies* is emptied, filled and recorded as `copied` in one target transaction. It is there
 //! whole, with its cut, or not at all.
 //!
-//! *A table that several workers copy in parts* passes through three durable steps:
+//! *A table that is copied in parts* passes through three durable steps:
 //!
-//! 1. One transaction records it as `copying` and empties it. No part begins before that is committed.
-//! 2. Each part commits its rows on its own.
-//! 3. Once the last of this run's parts is committed, one transaction records it as `copied`.
+//! 1. One transaction records it as `copying`, with its shape, and empties it. No unit begins before that is committed.
+//! 2. Each unit commits its rows together with its record: which blocks, as of which cut.
+//! 3. Once the last unit is committed, one transaction records the table as `copied` under the cut that all of them have.
 //!
-//! Death before 1: the table is `pending` and untouched. Between 1 and 3: it is `copying` and holds some parts; the next
-//! run begins at 1 again, under another cut, and throws them away. After 3: it is whole. A part of the dead run
-//! whose COMMIT is still on its way holds a lock on the table, so the emptying waits for it and removes it too.
+//! Death before 1: the table is `pending` and untouched. Between 1 and 3: it is `copying`, and what its units say is what it
+//! holds; the next run takes another cut, brings these units to it ([`resume`]), and copies the others. Where that cannot be done it
+//! begins at 1 again. After 3: the table is whole. A unit of the dead run whose COMMIT is still on its way fails at the epoch,
+//! as below, or holds the move's row of it until it is committed; so whoever reads the units sees all that there will ever be.
 //!
 //! A table that is `pending` was never touched by us. Rows in it are someone else's: an error, never a TRUNCATE.
 //!
@@ -39,7 +40,10 @@ mod gone;
 pub mod plan;
 pub mod publication;
 pub mod pump;
+mod resume;
 mod statements;
+mod survey;
+mod throttle;
 mod worker;
 
 use std::collections::{HashSet, VecDeque};
@@ -57,11 +61,13 @@ use crate::config::{self, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
-use crate::postgres::{QualifiedName, Server, Session};
-use crate::state::{Store, TableState};
+use crate::postgres::{QualifiedName, Server, Session, leftovers};
+use crate::state::{FinishedUnit, Store};
 use crate::telemetry::Telemetry;
-use plan::{Plan, Planned, Splitting, Unit};
-use pump::Moved;
+use plan::{Manner, Plan, Planned, Unit};
+use pump::{Form, Moved};
+use survey::Survey;
+use throttle::Throttle;
 use worker::Worker;
 
 /// What a copy needs.
@@ -96,6 +102,9 @@ pub enum Outcome {
     Stopped,
 }
 
+/// What the workers' sessions are called, on both sides.
+const SESSIONS: &str = "copy";
+
 /// How often the state hears how far tables in flight are, for `status`.
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 
@@ -121,14 +130,28 @@ pub async fn run(context: &Context, exporter: Walsender, cut: &Cut) -> Result<Ou
 }
 
 async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
-    let plan = look(context, cut).await?;
-    if plan.units.is_empty() {
+    // What an earlier run of this daemon still commits would not be in what is read next.
+    let session = context.target.connect("control").await?;
+    leftovers::end(&session, &context.target.application_name(SESSIONS)).await?;
+    drop(session);
+    let mut survey = Survey::take(context, cut).await?;
+    survey.tell(context);
+    let mut plan = survey.plan(&context.settings);
+    if plan.tables.is_empty() {
         exporter.close().await;
         return Ok(());
     }
-    let count = context.settings.workers.get().min(plan.units.len());
-    let workers = connect(context, cut, count).await?;
+    let count = context.settings.workers.get().min(plan.units.len()).max(1);
+    let mut workers = connect(context, cut, count).await?;
     exporter.close().await;
+    if let Some(worker) = workers.first_mut() {
+        let lost = resume::settle(context, cut, &plan, worker).await?;
+        if !lost.is_empty() {
+            lost.iter().for_each(|table| survey.begin_anew(table));
+            survey.tell(context);
+            plan = survey.plan(&context.settings);
+        }
+    }
     tracing::info!(tables = plan.tables.len(), units = plan.units.len(), workers = count, "copying");
     let job = Arc::new(Job::new(context.clone(), cut.clone(), plan));
     worker::open_divided_tables(&job).await?;
@@ -166,42 +189,6 @@ pub(crate) async fn late(session: &Session) -> Result<HashSet<u32>> {
         .await
         .doing(|| "looking for checks that call functions")?;
     rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
-}
-
-/// Reads the catalog as the cut shows it, makes the plan and writes it down.
-async fn look(context: &Context, cut: &Cut) -> Result<Plan> {
-    let session = context.source.connect("copy").await?;
-    let copied = context.store.tables().await?.into_iter().filter(|table| table.state == TableState::Copied);
-    let copied = copied.map(|table| table.name).collect();
-    let tables = shown(&session, &context.scope, context.store.name(), cut, &copied).await?;
-    let splitting = splitting(&session, &context.settings).await?;
-    let late = late(&session).await?;
-    session.batch_execute("COMMIT").await?;
-    let tables = without_those_to_come(context, tables).await?;
-    let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
-    context.store.plan_tables(&sizes).await?;
-    let mut records = context.store.tables().await?;
-    if gone::settle(context, &records, &tables, cut.lsn).await? {
-        records = context.store.tables().await?;
-    }
-    for record in &records {
-        let (rows, bytes) = if record.state == TableState::Copied { (record.rows, record.bytes) } else { (0, 0) };
-        context.telemetry.copy_table(&record.name, record.state, rows, bytes, record.bytes_total);
-    }
-    Ok(plan::plan(tables, &records, &late, splitting))
-}
-
-/// Under a later cut: a table that the move does not know and the target does not have was made since the first one. Where schema
-/// changes come with the stream, it will come with its rows.
-async fn without_those_to_come(context: &Context, mut tables: Vec<Table>) -> Result<Vec<Table>> {
-    let known: HashSet<QualifiedName> = context.store.tables().await?.into_iter().map(|table| table.name).collect();
-    if !context.captured || known.is_empty() {
-        return Ok(tables);
-    }
-    let target = context.target.connect("copy").await?;
-    let there: HashSet<QualifiedName> = catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
-    tables.retain(|table| known.contains(&table.name) || there.contains(&table.name));
-    Ok(tables)
 }
 
 /// The tables in scope as a cut shows them, each of them published since before it.
@@ -254,17 +241,6 @@ async fn shown(
     }
 }
 
-/// Whether and how the source can be read in ranges of blocks.
-async fn splitting(session: &Session, settings: &config::Copy) -> Result<Option<Splitting>> {
-    if version(session).await? < 140_000 {
-        tracing::info!("the source is older than PostgreSQL 14: a large table is copied by one worker");
-        return Ok(None);
-    }
-    let row = session.query_one("SELECT pg_catalog.current_setting('block_size')::int8", &[]).await?;
-    let block_size = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(8192);
-    Ok(Some(Splitting { above: settings.split_above, block_size, workers: settings.workers.get() }))
-}
-
 /// `server_version_num`
 pub(crate) async fn version(session: &Session) -> Result<i32> {
     let row = session.query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?;
@@ -283,6 +259,7 @@ struct Job {
     cut: Cut,
     tables: Vec<InFlight>,
     queue: Mutex<VecDeque<Unit>>,
+    throttle: Throttle,
 }
 
 /// A planned table and how far it is.
@@ -296,18 +273,9 @@ struct InFlight {
 
 impl Job {
     fn new(context: Context, cut: Cut, plan: Plan) -> Self {
-        let tables = plan
-            .tables
-            .into_iter()
-            .map(|planned| InFlight {
-                parts_left: AtomicUsize::new(planned.parts),
-                planned,
-                rows: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                touched: AtomicBool::new(false),
-            })
-            .collect();
-        Self { context, cut, tables, queue: Mutex::new(plan.units.into()) }
+        let tables = plan.tables.into_iter().map(InFlight::new).collect();
+        let throttle = Throttle::new(context.settings.max_bytes_per_second);
+        Self { context, cut, tables, queue: Mutex::new(plan.units.into()), throttle }
     }
 
     fn next(&self, late: bool) -> Option<Unit> {
@@ -316,8 +284,28 @@ impl Job {
 }
 
 impl InFlight {
+    fn new(planned: Planned) -> Self {
+        let there: &[FinishedUnit] = match &planned.manner {
+            Manner::Rest(units) => units,
+            Manner::Whole | Manner::Parts => &[],
+        };
+        let (rows, bytes) = (there.iter().map(|unit| unit.rows).sum(), there.iter().map(|unit| unit.bytes).sum());
+        let touched = !there.is_empty();
+        Self {
+            parts_left: AtomicUsize::new(planned.parts),
+            planned,
+            rows: AtomicU64::new(rows),
+            bytes: AtomicU64::new(bytes),
+            touched: AtomicBool::new(touched),
+        }
+    }
+
     fn table(&self) -> &Table {
-        &self.planned.table
+        &self.planned.of.table
+    }
+
+    fn form(&self) -> Form {
+        if self.planned.of.binary { Form::Binary } else { Form::Text }
     }
 
     fn advanced(&self, more: Moved) {

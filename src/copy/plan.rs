@@ -1,10 +1,17 @@
-//! Which table is copied by whom: units of work, largest first. Pure.
+//! Which table is copied by whom: units of work, those of large tables first. Pure.
+//!
+//! # Why units are small
+//!
+//! A table above `copy.split_above` is cut into many more units than there are workers. A worker that is done takes the next
+//! one, so all end at about the same time whatever a unit turns out to hold; and a death loses what was in flight, which is
+//! one unit of each worker.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
+use crate::config::TablePattern;
 use crate::postgres::QualifiedName;
-use crate::postgres::catalog::Table;
-use crate::state::{TableRecord, TableState};
+use crate::postgres::catalog::{ReplicaIdentity, Table};
+use crate::state::{Begun, FinishedUnit, TableRecord, TableState};
 
 /// A range of blocks of a heap; the last one has no end, so that blocks added since it was planned are in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,20 +29,44 @@ pub struct Unit {
     pub table: usize,
     /// `None`: the whole table.
     pub blocks: Option<Blocks>,
-    /// About how much it is; decides the order only.
-    pub bytes: u64,
     /// Begins only once every table that is not late is copied.
+    pub late: bool,
+}
+
+/// How a table comes into the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// Emptied, filled and recorded in one transaction.
+    Whole,
+    /// Emptied, then filled unit by unit.
+    Parts,
+    /// These units are there; the others are added to them.
+    Rest(Vec<FinishedUnit>),
+}
+
+/// What is known of a table when the copy is planned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The table of the source, as the cut shows it.
+    pub table: Table,
+    /// What tells this table from another one of its name, and from what it was before it was rewritten or altered.
+    pub shape: String,
+    /// Both sides read the binary form of all its columns alike.
+    pub binary: bool,
+    /// Its rows are checked against those of other tables: it comes last.
     pub late: bool,
 }
 
 /// A table that is not copied yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Planned {
-    /// The table of the source.
-    pub table: Table,
-    /// In how many units it is copied.
+    /// The table and what is known of it.
+    pub of: Candidate,
+    /// How it is copied.
+    pub manner: Manner,
+    /// In how many units, without those that are there.
     pub parts: usize,
-    /// An earlier run began it: what the target holds of it is ours, and is thrown away.
+    /// An earlier run began it: what the target holds of it is ours.
     pub begun: bool,
 }
 
@@ -44,79 +75,149 @@ pub struct Planned {
 pub struct Plan {
     /// The tables to copy.
     pub tables: Vec<Planned>,
-    /// What to do, largest first.
+    /// What to do, in this order.
     pub units: Vec<Unit>,
 }
 
 /// How large tables are divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Splitting {
-    /// In bytes; a table above is copied by several workers.
+    /// In bytes; a table above is copied in units.
     pub above: u64,
     /// Of how many bytes a block is.
     pub block_size: u64,
-    /// How many workers there are.
-    pub workers: usize,
 }
 
-/// A table is never divided into more units than this.
+/// About so large is a unit, in bytes of heap and TOAST.
+const UNIT: u64 = 32 << 20;
+
+/// A table is never divided into many more units than this.
 const MOST_PARTS: u64 = 4096;
 
 /// Plans the copy of all `tables` that the state does not know as copied.
 ///
-/// `late` are oids of tables whose rows are checked against those of others: they come last.
+/// Those that match one of `first` come first, in the order of `first`; then the largest, whose indexes take longest. `begun` is what
+/// the target holds of tables that were begun.
 ///
 /// `splitting` is `None` where the source cannot read a range of blocks without reading the whole table: before
 /// PostgreSQL 14.
 #[must_use]
-pub fn plan(tables: Vec<Table>, records: &[TableRecord], late: &HashSet<u32>, splitting: Option<Splitting>) -> Plan {
+pub fn plan(
+    tables: Vec<Candidate>,
+    records: &[TableRecord],
+    begun: &HashMap<QualifiedName, Begun>,
+    first: &[TablePattern],
+    splitting: Option<Splitting>,
+) -> Plan {
     let states: HashMap<&QualifiedName, TableState> = records.iter().map(|r| (&r.name, r.state)).collect();
     let mut plan = Plan::default();
-    for table in tables {
-        let state = states.get(&table.name).copied().unwrap_or(TableState::Pending);
+    for of in tables {
+        let name = &of.table.name;
+        let state = states.get(name).copied().unwrap_or(TableState::Pending);
         if state == TableState::Copied {
             continue;
         }
         let at = plan.tables.len();
-        let ranges = splitting.map(|s| ranges(&table, s)).unwrap_or_default();
-        let parts = ranges.len().max(1);
-        let bytes = table.bytes / parts as u64;
-        let late = late.contains(&table.oid);
-        if ranges.is_empty() {
-            plan.units.push(Unit { table: at, blocks: None, bytes, late });
-        } else {
-            plan.units.extend(ranges.into_iter().map(|blocks| Unit { table: at, blocks: Some(blocks), bytes, late }));
-        }
-        plan.tables.push(Planned { table, parts, begun: state == TableState::Copying });
+        let there = begun.get(name).filter(|begun| state == TableState::Copying && can_go_on(&of, begun));
+        let (manner, ranges) = match (there, splitting) {
+            (Some(there), Some(splitting)) => {
+                (Manner::Rest(there.units.clone()), missing(&of.table, &there.units, splitting))
+            }
+            (_, Some(splitting)) if is_divided(&of.table, splitting) => {
+                (Manner::Parts, missing(&of.table, &[], splitting))
+            }
+            _ => (Manner::Whole, Vec::new()),
+        };
+        let units: Vec<Option<Blocks>> = match manner {
+            Manner::Whole => vec![None],
+            _ => ranges.into_iter().map(Some).collect(),
+        };
+        plan.units.extend(units.iter().map(|&blocks| Unit { table: at, blocks, late: of.late }));
+        plan.tables.push(Planned { of, manner, parts: units.len(), begun: state == TableState::Copying });
     }
-    // Stable: the parts of a table stay in the order of its blocks.
-    plan.units.sort_by_key(|unit| (unit.late, std::cmp::Reverse(unit.bytes)));
+    let place = |unit: &Unit| {
+        let table = plan.tables.get(unit.table).map(|planned| &planned.of.table);
+        let wanted = table.and_then(|table| first.iter().position(|pattern| is_meant(pattern, table)));
+        (unit.late, wanted.unwrap_or(first.len()), std::cmp::Reverse(table.map_or(0, |table| table.bytes)))
+    };
+    // Stable: the units of a table stay in the order of its blocks.
+    let mut units = std::mem::take(&mut plan.units);
+    units.sort_by_cached_key(place);
+    plan.units = units;
     plan
 }
 
-/// The ranges of a table that is large enough to be divided; empty for others.
-fn ranges(table: &Table, splitting: Splitting) -> Vec<Blocks> {
-    let blocks = table.heap_bytes / splitting.block_size.max(1);
-    let worth_it = table.bytes > splitting.above && splitting.workers > 1;
+/// A partitioned table stands for its partitions.
+fn is_meant(pattern: &TablePattern, table: &Table) -> bool {
+    std::iter::once(&table.name).chain(&table.above).any(|name| pattern.matches(&name.schema, &name.name))
+}
+
+/// What was copied under an earlier cut can be brought to this one: it is the same table, and what changed in it was published.
+fn can_go_on(of: &Candidate, begun: &Begun) -> bool {
+    begun.shape == of.shape && !begun.units.is_empty() && of.table.identity != ReplicaIdentity::Nothing
+}
+
+fn is_divided(table: &Table, splitting: Splitting) -> bool {
     let has_columns = table.columns.iter().any(|column| !column.generated);
-    if !worth_it || !has_columns || blocks < 2 {
-        return Vec::new();
+    table.bytes > splitting.above && has_columns && table.heap_bytes / splitting.block_size.max(1) >= 2
+}
+
+/// The ranges of a table that are not there, each about as large as a unit is to be. Together with `there` they hold every block
+/// once, also those that come to the table later.
+fn missing(table: &Table, there: &[FinishedUnit], splitting: Splitting) -> Vec<Blocks> {
+    let blocks = table.heap_bytes / splitting.block_size.max(1);
+    let unit = UNIT.min(splitting.above).max(table.bytes / MOST_PARTS).max(1);
+    let step = u64::try_from(u128::from(blocks) * u128::from(unit) / u128::from(table.bytes.max(1))).unwrap_or(blocks);
+    let step = step.max(1);
+    let mut ranges = Vec::new();
+    let mut fill = |mut from: u64, to: Option<u64>| {
+        let end = to.unwrap_or(blocks);
+        while end.saturating_sub(from) > step {
+            ranges.push(Blocks { from, to: Some(from + step) });
+            from += step;
+        }
+        if to.is_none_or(|to| from < to) {
+            ranges.push(Blocks { from, to });
+        }
+    };
+    let mut from = Some(0);
+    for unit in there {
+        let Some(begin) = from else { break };
+        if begin < unit.blocks.from {
+            fill(begin, Some(unit.blocks.from));
+        }
+        from = unit.blocks.to;
     }
-    let parts = table.bytes.div_ceil(splitting.above.max(1)).max(splitting.workers as u64).min(MOST_PARTS).min(blocks);
-    let bound = |part: u64| u64::try_from(u128::from(blocks) * u128::from(part) / u128::from(parts)).unwrap_or(blocks);
-    (0..parts).map(|part| Blocks { from: bound(part), to: (part + 1 < parts).then(|| bound(part + 1)) }).collect()
+    if let Some(begin) = from {
+        fill(begin, None);
+    }
+    ranges
+}
+
+/// Ranges that follow one another, as one.
+#[must_use]
+pub fn joined(units: &[FinishedUnit]) -> Vec<Blocks> {
+    let mut joined: Vec<Blocks> = Vec::new();
+    for unit in units {
+        match joined.last_mut() {
+            Some(last) if last.to == Some(unit.blocks.from) => last.to = unit.blocks.to,
+            _ => joined.push(unit.blocks),
+        }
+    }
+    joined
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::postgres::catalog::{Column, ReplicaIdentity};
+    use crate::postgres::Lsn;
+    use crate::postgres::catalog::Column;
     use proptest::prelude::*;
 
-    const SPLITTING: Splitting = Splitting { above: 1 << 30, block_size: 8192, workers: 4 };
+    const SPLITTING: Splitting = Splitting { above: 1 << 30, block_size: 8192 };
 
-    fn table(name: &str, heap_bytes: u64, bytes: u64) -> Table {
-        Table {
+    fn table(name: &str, heap_bytes: u64, bytes: u64) -> Candidate {
+        let table = Table {
             oid: 1,
             name: QualifiedName::new("public", name),
             columns: vec![Column {
@@ -126,11 +227,12 @@ mod tests {
                 identity_always: false,
             }],
             primary_key: Vec::new(),
-            identity: ReplicaIdentity::Nothing,
+            identity: ReplicaIdentity::Full,
             above: Vec::new(),
             heap_bytes,
             bytes,
-        }
+        };
+        Candidate { table, shape: "this".to_owned(), binary: false, late: false }
     }
 
     fn record(name: &str, state: TableState) -> TableRecord {
@@ -144,54 +246,106 @@ mod tests {
         }
     }
 
+    fn unit(from: u64, to: Option<u64>) -> FinishedUnit {
+        FinishedUnit { blocks: Blocks { from, to }, cut_lsn: Lsn::new(1), rows: 0, bytes: 0 }
+    }
+
+    fn simply(tables: Vec<Candidate>, splitting: Option<Splitting>) -> Plan {
+        plan(tables, &[], &HashMap::new(), &[], splitting)
+    }
+
+    /// Names of the units' tables, without repetitions in a row.
+    fn order(plan: &Plan) -> Vec<&str> {
+        let mut order: Vec<_> = plan.units.iter().map(|u| plan.tables[u.table].of.table.name.name.as_str()).collect();
+        order.dedup();
+        order
+    }
+
     #[test]
     fn finished_tables_stay_and_begun_ones_begin_again() {
         let tables = ["done", "begun", "new"].map(|name| table(name, 0, 0)).to_vec();
         let records = [record("done", TableState::Copied), record("begun", TableState::Copying)];
-        let plan = plan(tables, &records, &HashSet::new(), Some(SPLITTING));
-        let planned: Vec<_> = plan.tables.iter().map(|p| (p.table.name.name.as_str(), p.begun)).collect();
+        let plan = plan(tables, &records, &HashMap::new(), &[], Some(SPLITTING));
+        let planned: Vec<_> = plan.tables.iter().map(|p| (p.of.table.name.name.as_str(), p.begun)).collect();
         assert_eq!(planned, [("begun", true), ("new", false)]);
         assert_eq!(plan.units.len(), 2);
     }
 
     #[test]
-    fn the_largest_unit_comes_first() {
-        let tables =
-            vec![table("small", 1 << 20, 1 << 20), table("huge", 3 << 30, 3 << 30), table("large", 1 << 30, 1 << 30)];
-        let plan = plan(tables, &[], &HashSet::new(), Some(SPLITTING));
-        let order: Vec<_> = plan.units.iter().map(|u| plan.tables[u.table].table.name.name.as_str()).collect();
-        assert_eq!(order, ["large", "huge", "huge", "huge", "huge", "small"]);
+    fn the_largest_table_comes_first_unless_another_one_is_wanted_first() {
+        let tables = || {
+            vec![table("small", 1 << 20, 1 << 20), table("huge", 3 << 30, 3 << 30), table("large", 1 << 30, 1 << 30)]
+        };
+        assert_eq!(order(&simply(tables(), Some(SPLITTING))), ["huge", "large", "small"]);
+        let first = [TablePattern::new("public.sm*").unwrap()];
+        let wanted = plan(tables(), &[], &HashMap::new(), &first, Some(SPLITTING));
+        assert_eq!(order(&wanted), ["small", "huge", "large"]);
     }
 
     #[test]
     fn what_is_checked_against_others_comes_last() {
         let mut tables = vec![table("checked", 3 << 30, 3 << 30), table("small", 1, 1)];
-        tables[0].oid = 7;
-        let plan = plan(tables, &[], &HashSet::from([7]), Some(SPLITTING));
-        let late: Vec<_> = plan.units.iter().map(|u| (plan.tables[u.table].table.name.name.as_str(), u.late)).collect();
-        assert_eq!(late[0], ("small", false));
-        assert!(late.len() > 2 && late[1..].iter().all(|unit| *unit == ("checked", true)), "{late:?}");
+        tables[0].late = true;
+        let first = [TablePattern::new("checked").unwrap()];
+        assert_eq!(order(&plan(tables, &[], &HashMap::new(), &first, Some(SPLITTING))), ["small", "checked"]);
     }
 
     #[test]
-    fn an_old_source_or_a_single_worker_divides_nothing() {
-        let tables = || vec![table("huge", 9 << 30, 9 << 30)];
-        assert_eq!(plan(tables(), &[], &HashSet::new(), None).units.len(), 1);
-        assert_eq!(plan(tables(), &[], &HashSet::new(), Some(Splitting { workers: 1, ..SPLITTING })).units.len(), 1);
+    fn an_old_source_divides_nothing() {
+        assert_eq!(simply(vec![table("huge", 9 << 30, 9 << 30)], None).units.len(), 1);
+        assert_eq!(simply(vec![table("huge", 9 << 30, 9 << 30)], Some(SPLITTING)).units.len(), 9 * 32);
+    }
+
+    #[test]
+    fn units_of_the_same_table_are_kept_and_those_of_another_are_not() {
+        let records = [record("t", TableState::Copying)];
+        let begun = |shape: &str| {
+            let units = vec![unit(0, Some(4096)), unit(8192, Some(12288))];
+            HashMap::from([(QualifiedName::new("public", "t"), Begun { shape: shape.to_owned(), units })])
+        };
+        let of =
+            |shape: &str, candidate: Candidate| plan(vec![candidate], &records, &begun(shape), &[], Some(SPLITTING));
+        let kept = of("this", table("t", 2 << 30, 2 << 30));
+        assert!(matches!(&kept.tables[0].manner, Manner::Rest(units) if units.len() == 2));
+        assert_eq!(kept.tables[0].parts, 64 - 2);
+        assert_eq!(of("another", table("t", 2 << 30, 2 << 30)).tables[0].manner, Manner::Parts);
+        let mut unpublished = table("t", 2 << 30, 2 << 30);
+        unpublished.table.identity = ReplicaIdentity::Nothing;
+        assert_eq!(of("this", unpublished).tables[0].manner, Manner::Parts);
+        // Also where it would not be divided any more.
+        assert!(matches!(of("this", table("t", 1 << 20, 1 << 20)).tables[0].manner, Manner::Rest(_)));
+    }
+
+    #[test]
+    fn ranges_that_touch_are_one() {
+        let units = [unit(0, Some(3)), unit(3, Some(5)), unit(7, Some(9)), unit(9, None)];
+        assert_eq!(joined(&units), [Blocks { from: 0, to: Some(5) }, Blocks { from: 7, to: None }]);
     }
 
     proptest! {
+        /// What is there and what is missing are all blocks, each once, whatever is there and whatever size the units have by now.
         #[test]
-        fn ranges_hold_every_block_once(heap in 0..1u64 << 45, toast in 0..1u64 << 45, above in 1..1u64 << 40, workers in 1..64usize) {
-            let found = ranges(&table("t", heap, heap + toast), Splitting { above, block_size: 8192, workers });
-            if let (Some(first), Some(last)) = (found.first(), found.last()) {
-                prop_assert_eq!(first.from, 0);
-                prop_assert_eq!(last.to, None);
-                prop_assert!(found.len() <= MOST_PARTS as usize);
-                for pair in found.windows(2) {
-                    prop_assert_eq!(pair[0].to, Some(pair[1].from));
-                    prop_assert!(pair[0].from < pair[1].from);
+        fn every_block_is_there_once(
+            heap in 0..1u64 << 42, toast in 0..1u64 << 42, above in 1..1u64 << 40,
+            bounds in proptest::collection::btree_set(0..1u64 << 30, 0..12), finished: [bool; 13],
+        ) {
+            let ends = bounds.iter().copied().map(Some).chain([None]);
+            let mut from = 0;
+            let mut there = Vec::new();
+            for (to, finished) in ends.zip(finished) {
+                if finished && to != Some(from) {
+                    there.push(unit(from, to));
                 }
+                from = to.unwrap_or(0);
+            }
+            let found = missing(&table("t", heap, heap + toast).table, &there, Splitting { above, block_size: 8192 });
+            let mut all: Vec<Blocks> = there.iter().map(|unit| unit.blocks).chain(found).collect();
+            all.sort_by_key(|blocks| blocks.from);
+            prop_assert_eq!(all[0].from, 0);
+            prop_assert_eq!(all[all.len() - 1].to, None);
+            for pair in all.windows(2) {
+                prop_assert_eq!(pair[0].to, Some(pair[1].from));
+                prop_assert!(pair[0].from < pair[1].from);
             }
         }
     }

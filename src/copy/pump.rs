@@ -4,6 +4,9 @@
 //! go on as they came: only the headers are walked, to count rows and to see the end. Nothing is parsed, nothing is
 //! framed again, and a row of 1 GiB takes no more memory than a small one. While one gulp is written, the next is read.
 //!
+//! COPY's binary form begins with a header, which comes in one message with the first row, and ends with a trailer, which comes in a
+//! message of its own: there is one message more than there are rows.
+//!
 //! Promises that the rows seen here, those that the source says it sent and those that the target says it took
 //! are the same number, and that a COPY that failed on one side is not fed or drained to its end on the other.
 
@@ -19,13 +22,33 @@ use crate::postgres::wire::{self, Wire};
 /// How long a target may take to answer that it gave a COPY up.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// Rows and bytes that went through: bytes of COPY's text, without the protocol's own.
+/// How COPY writes rows down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// For any column.
+    Text,
+    /// For columns whose binary form both sides read alike.
+    Binary,
+}
+
+/// Rows and bytes that went through: bytes as COPY writes them, without the protocol's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
     /// How many rows.
     pub rows: u64,
     /// How many bytes.
     pub bytes: u64,
+}
+
+/// Hears how far a COPY is.
+pub trait Advance {
+    /// So much more went through. The COPY goes on when this is done, so it may take its time.
+    fn advanced(&mut self, more: Moved) -> impl Future<Output = ()> + Send;
+}
+
+/// Nobody needs to know.
+impl Advance for () {
+    async fn advanced(&mut self, _: Moved) {}
 }
 
 impl std::ops::AddAssign for Moved {
@@ -35,7 +58,7 @@ impl std::ops::AddAssign for Moved {
     }
 }
 
-/// Runs `read` on the source and `write` on the target and forwards every row. `advanced` hears of each gulp.
+/// Runs `read` on the source and `write` on the target, both of the same form, and forwards every row.
 ///
 /// Not cancellation safe: when dropped, or after an error, both connections are good for nothing but being dropped.
 ///
@@ -44,11 +67,12 @@ impl std::ops::AddAssign for Moved {
 pub async fn forward(
     (source, read): (&mut Wire, &str),
     (target, write): (&mut Wire, &str),
-    mut advanced: impl FnMut(Moved),
+    form: Form,
+    to_tell: &mut impl Advance,
 ) -> Result<Moved> {
     source.enter_copy(read).await.doing(|| "reading from the source")?;
     target.enter_copy(write).await.doing(|| "writing to the target")?;
-    let mut walk = Walk::default();
+    let mut walk = Walk { header: form == Form::Binary, ..Walk::default() };
     loop {
         let before = walk.moved;
         let gulp = walk.take(source.inbound())?;
@@ -63,7 +87,7 @@ pub async fn forward(
             }
         }
         let Moved { rows, bytes } = walk.moved;
-        advanced(Moved { rows: rows - before.rows, bytes: bytes - before.bytes });
+        to_tell.advanced(Moved { rows: rows - before.rows, bytes: bytes - before.bytes }).await;
         if walk.aside {
             walk.skip_aside(source).await.doing(|| "reading from the source")?;
         }
@@ -124,6 +148,8 @@ async fn give_up(target: &mut Wire, walk: &Walk, error: Error) -> Error {
 #[derive(Debug, Default)]
 struct Walk {
     moved: Moved,
+    /// The next CopyData is the one that is no row.
+    header: bool,
     /// Bytes of the current CopyData that have not come yet.
     missing: usize,
     /// Next is a message that ends the COPY.
@@ -144,7 +170,7 @@ impl Walk {
             match tag {
                 backend::COPY_DATA_TAG => {
                     self.missing = length;
-                    self.moved.rows += 1;
+                    self.moved.rows += u64::from(!std::mem::take(&mut self.header));
                     self.moved.bytes += (length - 5) as u64;
                 }
                 backend::NOTICE_RESPONSE_TAG | backend::PARAMETER_STATUS_TAG | backend::NOTIFICATION_RESPONSE_TAG => {

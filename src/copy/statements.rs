@@ -5,6 +5,7 @@ use crate::postgres::catalog::Table;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
 use super::plan::Blocks;
+use super::pump::Form;
 
 /// Set on both connections of a worker, beyond what every connection pins: rows arrive in the order of the heap.
 pub(super) const BOTH_SIDES: &str = "SET synchronize_seqscans = off";
@@ -72,20 +73,41 @@ pub(super) const REWRITTEN: &str = "
     WHERE c.oid = ANY ($1) AND c.relfilenode <> pg_catalog.pg_relation_filenode(c.oid)";
 
 /// Reads a table, or the rows that stood in a range of its blocks.
-pub(super) fn read(table: &Table, blocks: Option<Blocks>) -> String {
+pub(super) fn read(table: &Table, blocks: Option<Blocks>, form: Form) -> String {
+    let with = options(form, false);
     let Some(blocks) = blocks else {
-        return format!("COPY {}{} TO STDOUT", table.name, column_list(table));
+        return format!("COPY {}{} TO STDOUT{with}", table.name, column_list(table));
     };
-    let from = format!("ctid >= '({},0)'::pg_catalog.tid", blocks.from);
-    let to = blocks.to.map(|to| format!(" AND ctid < '({to},0)'::pg_catalog.tid")).unwrap_or_default();
-    format!("COPY (SELECT {} FROM ONLY {} WHERE {from}{to}) TO STDOUT", columns(table), table.name)
+    let range = in_blocks("", &[blocks]);
+    format!("COPY (SELECT {} FROM ONLY {} WHERE {range}) TO STDOUT{with}", columns(table, ""), table.name)
+}
+
+/// A condition: the row stands in one of these ranges. `of` is empty, or a table's alias with its dot.
+fn in_blocks(of: &str, ranges: &[Blocks]) -> String {
+    let one = |blocks: &Blocks| {
+        let from = format!("{of}ctid >= '({},0)'::pg_catalog.tid", blocks.from);
+        let to = blocks.to.map(|to| format!(" AND {of}ctid < '({to},0)'::pg_catalog.tid")).unwrap_or_default();
+        format!("{from}{to}")
+    };
+    match ranges {
+        [blocks] => one(blocks),
+        _ => ranges.iter().map(|blocks| format!("({})", one(blocks))).collect::<Vec<_>>().join(" OR "),
+    }
 }
 
 /// Writes rows into a table. A table that was truncated in the same transaction takes them as frozen, which spares the
 /// target a rewrite by autovacuum later.
-pub(super) fn write(table: &Table, truncated: bool) -> String {
-    let freeze = if truncated { " WITH (FREEZE)" } else { "" };
-    format!("COPY {}{} FROM STDIN{freeze}", table.name, column_list(table))
+pub(super) fn write(table: &Table, truncated: bool, form: Form) -> String {
+    format!("COPY {}{} FROM STDIN{}", table.name, column_list(table), options(form, truncated))
+}
+
+fn options(form: Form, frozen: bool) -> &'static str {
+    match (form, frozen) {
+        (Form::Text, false) => "",
+        (Form::Text, true) => " WITH (FREEZE)",
+        (Form::Binary, false) => " WITH (FORMAT binary)",
+        (Form::Binary, true) => " WITH (FORMAT binary, FREEZE)",
+    }
 }
 
 /// Begins the transaction in which a table of the target is filled from nothing, with nobody else near it. Asks whether it
@@ -145,14 +167,104 @@ impl Emptying {
     }
 }
 
-/// The columns that are copied: those that each side does not compute itself.
-fn columns(table: &Table) -> String {
-    table.columns.iter().filter(|c| !c.generated).map(|c| quote_identifier(&c.name)).collect::<Vec<_>>().join(", ")
+/// A column of a key, with the equality of the index behind it, as `OPERATOR(schema.=)`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KeyColumn {
+    pub name: String,
+    pub type_name: String,
+    pub equality: String,
+}
+
+/// `$1`: a table. Each column of its primary key and of its replica identity, with its equality.
+pub(super) const EQUALITIES: &str = "
+    SELECT DISTINCT a.attname::text, pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname)
+    FROM pg_catalog.pg_index i
+    CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) k(attnum, opclass)
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+    JOIN pg_catalog.pg_opclass oc ON oc.oid = k.opclass
+    JOIN pg_catalog.pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopmethod = oc.opcmethod AND ao.amopstrategy = 3
+         AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
+    JOIN pg_catalog.pg_operator op ON op.oid = ao.amopopr
+    JOIN pg_catalog.pg_namespace opn ON opn.oid = op.oprnamespace
+    WHERE i.indrelid = $1 AND i.indisvalid AND (i.indisprimary OR i.indisreplident)";
+
+/// Where keys of changed rows are gathered on the target: a table of this session, for the table that is number `at`.
+pub(super) fn touched(at: usize) -> String {
+    format!("pg_temp.pgtandem_touched_{at}")
+}
+
+/// Makes it.
+pub(super) fn create_touched(at: usize, table: &QualifiedName, key: &[KeyColumn]) -> String {
+    let columns = list(key, |column, k| format!("{} AS k{k}", quote_identifier(&column.name)));
+    format!("CREATE TEMPORARY TABLE pgtandem_touched_{at} AS SELECT {columns} FROM ONLY {table} WITH NO DATA")
+}
+
+/// Begins to take what the target holds of the changed rows away, and to read their keys: see [`fetch_touched`].
+pub(super) fn delete_touched(at: usize, table: &QualifiedName, key: &[KeyColumn]) -> String {
+    let names = list(key, |_, k| format!("k{k}"));
+    let texts = list(key, |_, k| format!("k{k}::pg_catalog.text"));
+    let touched = touched(at);
+    format!(
+        "ANALYZE {touched};
+         DELETE FROM ONLY {table} AS of USING (SELECT DISTINCT {names} FROM {touched}) AS touched WHERE {};
+         DECLARE touched NO SCROLL CURSOR FOR SELECT {texts} FROM (SELECT DISTINCT {names} FROM {touched}) AS touched",
+        same_key(key)
+    )
+}
+
+/// The next so many keys.
+pub(super) fn fetch_touched(count: usize) -> String {
+    format!("FETCH {count} FROM touched")
+}
+
+/// The planner looks each key up, whatever it thinks: keys are few beside the rows.
+pub(super) const LOOK_UP: &str =
+    "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
+
+/// Reads the rows of these keys, as far as they stand in one of these ranges.
+pub(super) fn read_touched(
+    table: &Table,
+    key: &[KeyColumn],
+    keys: &[Vec<String>],
+    ranges: &[Blocks],
+    form: Form,
+) -> String {
+    let row = |values: &Vec<String>| {
+        let values =
+            key.iter().zip(values).map(|(column, value)| format!("{}::{}", quote_literal(value), column.type_name));
+        format!("({})", values.collect::<Vec<_>>().join(", "))
+    };
+    format!(
+        "COPY (SELECT {} FROM ONLY {} AS of JOIN (VALUES {}) AS touched ({}) ON {} WHERE {}) TO STDOUT{}",
+        columns(table, "of."),
+        table.name,
+        keys.iter().map(row).collect::<Vec<_>>().join(", "),
+        list(key, |_, k| format!("k{k}")),
+        same_key(key),
+        in_blocks("of.", ranges),
+        options(form, false),
+    )
+}
+
+fn same_key(key: &[KeyColumn]) -> String {
+    let pairs = key.iter().enumerate();
+    let pairs = pairs.map(|(k, c)| format!("of.{} {} touched.k{k}", quote_identifier(&c.name), c.equality));
+    pairs.collect::<Vec<_>>().join(" AND ")
+}
+
+fn list(key: &[KeyColumn], one: impl Fn(&KeyColumn, usize) -> String) -> String {
+    key.iter().enumerate().map(|(k, column)| one(column, k)).collect::<Vec<_>>().join(", ")
+}
+
+/// The columns that are copied: those that each side does not compute itself. `of` is empty, or a table's alias with its dot.
+fn columns(table: &Table, of: &str) -> String {
+    let copied = table.columns.iter().filter(|c| !c.generated);
+    copied.map(|c| format!("{of}{}", quote_identifier(&c.name))).collect::<Vec<_>>().join(", ")
 }
 
 /// ` (a, b)`, or nothing where no column is copied: COPY knows no empty list, and leaves generated columns out itself.
 fn column_list(table: &Table) -> String {
-    let columns = columns(table);
+    let columns = columns(table, "");
     if columns.is_empty() { columns } else { format!(" ({columns})") }
 }
 
@@ -185,24 +297,48 @@ mod tests {
     #[test]
     fn generated_columns_are_left_out_on_both_sides() {
         let table = table(&[("a", false), ("b", true), ("c d", false)]);
-        assert_eq!(read(&table, None), r#"COPY "s"."t""x" ("a", "c d") TO STDOUT"#);
-        assert_eq!(write(&table, true), r#"COPY "s"."t""x" ("a", "c d") FROM STDIN WITH (FREEZE)"#);
+        assert_eq!(read(&table, None, Form::Text), r#"COPY "s"."t""x" ("a", "c d") TO STDOUT"#);
+        assert_eq!(write(&table, true, Form::Text), r#"COPY "s"."t""x" ("a", "c d") FROM STDIN WITH (FREEZE)"#);
     }
 
     #[test]
     fn a_table_without_columns_is_copied_without_a_list() {
         for columns in [&[][..], &[("g", true)]] {
-            assert_eq!(read(&table(columns), None), r#"COPY "s"."t""x" TO STDOUT"#);
-            assert_eq!(write(&table(columns), false), r#"COPY "s"."t""x" FROM STDIN"#);
+            assert_eq!(read(&table(columns), None, Form::Text), r#"COPY "s"."t""x" TO STDOUT"#);
+            assert_eq!(write(&table(columns), false, Form::Text), r#"COPY "s"."t""x" FROM STDIN"#);
         }
     }
 
     #[test]
     fn the_last_range_has_no_end() {
         let table = table(&[("a", false)]);
-        let first = read(&table, Some(Blocks { from: 0, to: Some(7) }));
+        let first = read(&table, Some(Blocks { from: 0, to: Some(7) }), Form::Text);
         assert!(first.ends_with("WHERE ctid >= '(0,0)'::pg_catalog.tid AND ctid < '(7,0)'::pg_catalog.tid) TO STDOUT"));
-        let last = read(&table, Some(Blocks { from: 7, to: None }));
+        let last = read(&table, Some(Blocks { from: 7, to: None }), Form::Text);
         assert!(last.ends_with("WHERE ctid >= '(7,0)'::pg_catalog.tid) TO STDOUT"));
+    }
+
+    #[test]
+    fn binary_is_asked_of_both_sides() {
+        let table = table(&[("a", false)]);
+        assert!(read(&table, None, Form::Binary).ends_with("TO STDOUT WITH (FORMAT binary)"));
+        assert!(write(&table, true, Form::Binary).ends_with("FROM STDIN WITH (FORMAT binary, FREEZE)"));
+    }
+
+    #[test]
+    fn changed_rows_are_read_by_their_keys_where_units_are_there() {
+        let table = table(&[("a", false), ("b", false)]);
+        let key = ["a", "b"].map(|name| KeyColumn {
+            name: name.to_owned(),
+            type_name: "integer".to_owned(),
+            equality: "OPERATOR(pg_catalog.=)".to_owned(),
+        });
+        let ranges = [Blocks { from: 0, to: Some(3) }, Blocks { from: 7, to: None }];
+        let keys = [vec!["1".to_owned(), "it's".to_owned()]];
+        assert_eq!(
+            read_touched(&table, &key, &keys, &ranges, Form::Text),
+            r#"COPY (SELECT of."a", of."b" FROM ONLY "s"."t""x" AS of JOIN (VALUES ('1'::integer, 'it''s'::integer)) AS touched (k0, k1) ON of."a" OPERATOR(pg_catalog.=) touched.k0 AND of."b" OPERATOR(pg_catalog.=) touched.k1 WHERE (of.ctid >= '(0,0)'::pg_catalog.tid AND of.ctid < '(3,0)'::pg_catalog.tid) OR (of.ctid >= '(7,0)'::pg_catalog.tid)) TO STDOUT"#
+        );
+        assert!(delete_touched(4, &table.name, &key).contains("pg_temp.pgtandem_touched_4"));
     }
 }

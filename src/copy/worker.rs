@@ -4,20 +4,30 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::plan::Unit;
-use super::pump::{self, Moved};
+use postgres_protocol::message::frontend;
+
+use super::plan::{Manner, Unit};
+use super::pump::{self, Advance, Form, Moved};
+use super::resume::Rest;
 use super::statements::{self, Emptying};
-use super::{Context, InFlight, Job, blockers};
+use super::{Context, InFlight, Job, SESSIONS, blockers};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::QualifiedName;
+use crate::postgres::catalog::Table;
 use crate::postgres::replication::Cut;
 use crate::postgres::wire::{Mode, Wire};
-use crate::state::{TableState, copied_sql, copying_sql, fence_sql, only_the_leader};
+use crate::state::{
+    FinishedUnit, TableState, copied_sql, fence_sql, forget_units_sql, only_the_leader, opened_sql, unit_sql,
+    units_at_sql,
+};
 use crate::telemetry::Telemetry;
 
 /// Telemetry hears of a table's progress after so many bytes or so much time, whichever is first.
 const TELL_BYTES: u64 = 1024 * 1024;
 const TELL_EVERY: Duration = Duration::from_millis(100);
+
+/// So many rows that changed are looked up at once.
+const KEYS_AT_ONCE: usize = 1000;
 
 /// After standing in the queue for a lock in vain, others get their turn for so long.
 const STEP_ASIDE: Duration = Duration::from_secs(1);
@@ -32,7 +42,7 @@ impl Worker {
     /// Connects to both sides and imports the snapshot.
     pub(super) async fn connect(context: &Context, cut: &Cut) -> Result<Self> {
         let source = async {
-            let mut source = Wire::connect(&context.source, "copy", Mode::Sql, &[]).await?;
+            let mut source = Wire::connect(&context.source, SESSIONS, Mode::Sql, &[]).await?;
             source.query(statements::BOTH_SIDES).await.doing(|| "preparing the source's session")?;
             source.query(statements::SOURCE_LOCK_TIMEOUT).await?;
             source
@@ -71,7 +81,7 @@ impl Worker {
 
     async fn copy(&mut self, job: &Job, table: &InFlight, unit: Unit) -> Result<()> {
         let Context { source, target, telemetry, .. } = &job.context;
-        lock(&mut self.source, source, table, telemetry).await?;
+        lock(&mut self.source, source, table.table(), telemetry).await?;
         let whole = unit.blocks.is_none();
         let truncated = if whole {
             let pid = self.target.process_id();
@@ -88,30 +98,114 @@ impl Worker {
         if !table.touched.swap(true, Ordering::Relaxed) {
             telemetry.copy_state(&table.table().name, TableState::Copying);
         }
-        let read = statements::read(table.table(), unit.blocks);
-        let write = statements::write(table.table(), truncated);
-        let mut tell = Tell::new(telemetry, table);
-        let moved = pump::forward((&mut self.source, &read), (&mut self.target, &write), |more| tell.advanced(more))
+        let form = table.form();
+        let read = statements::read(table.table(), unit.blocks, form);
+        let write = statements::write(table.table(), truncated, form);
+        let mut tell = Tell::new(job, table);
+        let moved = pump::forward((&mut self.source, &read), (&mut self.target, &write), form, &mut tell)
             .await
             .map_err(pump::explain_schema)?;
         tell.now();
         self.source.query(statements::RELEASE).await?;
-        let record = if whole { Some(moved) } else { None };
-        commit(&mut self.target, job, table, record).await?;
+        let (name, this) = (job.context.store.name().as_str(), &table.table().name);
+        let record = match unit.blocks {
+            None => copied_sql(name, this, job.cut.lsn, moved.rows, moved.bytes),
+            Some(blocks) => {
+                let unit = FinishedUnit { blocks, cut_lsn: job.cut.lsn, rows: moved.rows, bytes: moved.bytes };
+                unit_sql(name, this, unit)
+            }
+        };
+        commit(&mut self.target, &job.context, &record).await?;
         let was_last = table.parts_left.fetch_sub(1, Ordering::AcqRel) == 1;
         if was_last && !whole {
             self.target.query("BEGIN").await?;
-            commit(&mut self.target, job, table, Some(table.so_far())).await?;
+            commit(&mut self.target, &job.context, &parts_copied_sql(&job.context, &job.cut, this, table.so_far()))
+                .await?;
         }
         if was_last {
             telemetry.copy_state(&table.table().name, TableState::Copied);
         }
         Ok(())
     }
+
+    /// Sends what waits of the keys of a table that goes on to the target.
+    pub(super) async fn send_keys(&mut self, rest: &mut Rest<'_>) -> Result<()> {
+        let piece = rest.piece();
+        if piece.is_empty() {
+            return Ok(());
+        }
+        if !rest.touched {
+            let table = &rest.planned.of.table.name;
+            self.target
+                .query(&statements::create_touched(rest.at, table, &rest.key))
+                .await
+                .doing(|| format!("gathering the keys of changed rows of {}", table.plain()))?;
+            rest.touched = true;
+        }
+        self.target.enter_copy(&format!("COPY {} FROM STDIN", statements::touched(rest.at))).await?;
+        frontend::CopyData::new(&piece[..])?.write(self.target.outbound());
+        frontend::copy_done(self.target.outbound());
+        self.target.flush().await?;
+        self.target.finish().await.map(drop)
+    }
+
+    /// Makes what is there of a table the rows that the cut shows in its ranges; see [`super::resume`].
+    pub(super) async fn bring_to_cut(&mut self, context: &Context, cut: &Cut, rest: &Rest<'_>) -> Result<()> {
+        let table = &rest.planned.of.table;
+        lock(&mut self.source, &context.source, table, &context.telemetry).await?;
+        self.target.query("BEGIN").await?;
+        if rest.touched {
+            self.copy_touched(rest).await?;
+        }
+        self.source.query(statements::RELEASE).await?;
+        let name = context.store.name().as_str();
+        let record = if rest.planned.parts > 0 {
+            units_at_sql(name, &table.name, cut.lsn)
+        } else {
+            let Manner::Rest(units) = &rest.planned.manner else {
+                return Err(Error::bug("a table that does not go on"));
+            };
+            let add =
+                |sum: Moved, unit: &FinishedUnit| Moved { rows: sum.rows + unit.rows, bytes: sum.bytes + unit.bytes };
+            parts_copied_sql(context, cut, &table.name, units.iter().fold(Moved::default(), add))
+        };
+        commit(&mut self.target, context, &record).await?;
+        if rest.planned.parts == 0 {
+            context.telemetry.copy_state(&table.name, TableState::Copied);
+        }
+        Ok(())
+    }
+
+    async fn copy_touched(&mut self, rest: &Rest<'_>) -> Result<()> {
+        let (of, key) = (&rest.planned.of, &rest.key);
+        let form = if of.binary { Form::Binary } else { Form::Text };
+        self.target.query(&statements::delete_touched(rest.at, &of.table.name, key)).await?;
+        self.source.query(statements::LOOK_UP).await?;
+        let write = statements::write(&of.table, false, form);
+        let mut rows = 0;
+        loop {
+            let keys = self.target.query(&statements::fetch_touched(KEYS_AT_ONCE)).await?;
+            let keys: Vec<Vec<String>> = keys.into_iter().map(|row| row.into_iter().flatten().collect()).collect();
+            if keys.is_empty() {
+                break;
+            }
+            let read = statements::read_touched(&of.table, key, &keys, &rest.ranges, form);
+            rows += pump::forward((&mut self.source, &read), (&mut self.target, &write), form, &mut ()).await?.rows;
+        }
+        tracing::info!(table = %of.table.name.plain(), rows, "copied again the rows that changed since the copy of the table began");
+        Ok(())
+    }
+}
+
+/// The last unit of a table is there: it is whole.
+fn parts_copied_sql(context: &Context, cut: &Cut, table: &QualifiedName, moved: Moved) -> String {
+    let name = context.store.name().as_str();
+    let copied = copied_sql(name, table, cut.lsn, moved.rows, moved.bytes);
+    format!("{copied}; {}", forget_units_sql(name, table))
 }
 
 async fn connect_target(context: &Context) -> Result<Wire> {
-    let mut target = Wire::connect(&context.target, "copy", Mode::Sql, &[]).await?;
+    let mut target = Wire::connect(&context.target, SESSIONS, Mode::Sql, &[]).await?;
     target.query(statements::BOTH_SIDES).await.doing(|| "preparing the target's session")?;
     match target.query(statements::REPLICA_ROLE).await {
         Ok(_) => {}
@@ -125,7 +219,7 @@ async fn connect_target(context: &Context) -> Result<Wire> {
 
 /// Step 1 for tables that are copied in parts: recorded as `copying` and empty, durably, before any part begins.
 pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
-    let divided: Vec<&InFlight> = job.tables.iter().filter(|table| table.planned.parts > 1).collect();
+    let divided: Vec<&InFlight> = job.tables.iter().filter(|table| table.planned.manner == Manner::Parts).collect();
     if divided.is_empty() {
         return Ok(());
     }
@@ -137,8 +231,8 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
         let opening = async {
             begin_whole(&mut target, table).await?;
             let fence = fence_sql(store.name().as_str(), *epoch);
-            let copying = copying_sql(store.name().as_str(), name);
-            target.query(&format!("{fence}; {copying}; COMMIT")).await.map_err(only_the_leader)
+            let opened = opened_sql(store.name().as_str(), name, &table.planned.of.shape);
+            target.query(&format!("{fence}; {opened}; COMMIT")).await.map_err(only_the_leader)
         };
         let what = format!("emptying {} on the target", name.plain());
         blockers::explained(server, pid, &what, telemetry, opening)
@@ -169,14 +263,10 @@ async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
     Ok(emptying)
 }
 
-/// Ends the transaction with the rows; with `copied`, the table is recorded in it.
-async fn commit(target: &mut Wire, job: &Job, table: &InFlight, copied: Option<Moved>) -> Result<()> {
-    let name = job.context.store.name().as_str();
-    let fence = fence_sql(name, job.context.epoch);
-    let record = copied
-        .map(|moved| copied_sql(name, &table.table().name, job.cut.lsn, moved.rows, moved.bytes) + "; ")
-        .unwrap_or_default();
-    target.query(&format!("{fence}; {record}COMMIT")).await.map_err(only_the_leader)?;
+/// Ends the transaction with the rows, and the record of them in it.
+async fn commit(target: &mut Wire, context: &Context, record: &str) -> Result<()> {
+    let fence = fence_sql(context.store.name().as_str(), context.epoch);
+    target.query(&format!("{record}; {fence}; COMMIT")).await.map_err(only_the_leader)?;
     Ok(())
 }
 
@@ -192,14 +282,9 @@ pub(crate) fn holds_strange_rows(table: &QualifiedName) -> Error {
 
 /// Locks the table for this unit, says who holds it if that takes long, and makes sure that the snapshot still shows
 /// all of it.
-async fn lock(
-    wire: &mut Wire,
-    server: &crate::postgres::Server,
-    table: &InFlight,
-    telemetry: &Telemetry,
-) -> Result<()> {
-    let sql = statements::lock(table.table());
-    let what = format!("locking {} on the source", table.table().name.plain());
+async fn lock(wire: &mut Wire, server: &crate::postgres::Server, table: &Table, telemetry: &Telemetry) -> Result<()> {
+    let sql = statements::lock(table);
+    let what = format!("locking {} on the source", table.name.plain());
     let rows = loop {
         let pid = wire.process_id();
         match blockers::explained(server, pid, &what, telemetry, wire.query(&sql)).await {
@@ -228,30 +313,33 @@ pub(super) fn rewritten() -> Error {
     )
 }
 
-/// Passes a table's progress on in steps that are worth a report.
+/// Passes a table's progress on in steps that are worth a report, and keeps the copy below its bound.
 struct Tell<'a> {
-    telemetry: &'a Telemetry,
+    job: &'a Job,
     table: &'a InFlight,
     waiting: Moved,
     last: Instant,
 }
 
 impl<'a> Tell<'a> {
-    fn new(telemetry: &'a Telemetry, table: &'a InFlight) -> Self {
-        Self { telemetry, table, waiting: Moved::default(), last: Instant::now() }
-    }
-
-    fn advanced(&mut self, more: Moved) {
-        self.waiting += more;
-        if self.waiting.bytes >= TELL_BYTES || self.last.elapsed() >= TELL_EVERY {
-            self.now();
-        }
+    fn new(job: &'a Job, table: &'a InFlight) -> Self {
+        Self { job, table, waiting: Moved::default(), last: Instant::now() }
     }
 
     fn now(&mut self) {
         let waiting = std::mem::take(&mut self.waiting);
         self.table.advanced(waiting);
-        self.telemetry.copy_advanced(&self.table.table().name, waiting.rows, waiting.bytes);
+        self.job.context.telemetry.copy_advanced(&self.table.table().name, waiting.rows, waiting.bytes);
         self.last = Instant::now();
+    }
+}
+
+impl Advance for Tell<'_> {
+    async fn advanced(&mut self, more: Moved) {
+        self.waiting += more;
+        if self.waiting.bytes >= TELL_BYTES || self.last.elapsed() >= TELL_EVERY {
+            self.now();
+        }
+        self.job.throttle.pay(more.bytes).await;
     }
 }

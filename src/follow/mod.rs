@@ -23,6 +23,7 @@ pub mod lookout;
 mod marker;
 mod messages;
 mod net;
+pub(crate) mod peek;
 mod pipeline;
 mod queue;
 mod reader;

@@ -34,7 +34,7 @@ pub(super) fn protocol(version: i32, streamed: bool) -> Protocol {
 }
 
 impl Opening {
-    async fn open(self) -> Result<ReplicationStream> {
+    pub(super) async fn open(self) -> Result<ReplicationStream> {
         let mut walsender = Walsender::connect(&self.source, "stream").await?;
         slot::check_identity(self.record.as_ref(), &walsender.identify_system().await?)?;
         let publications: Vec<String> = self.publications.iter().map(|name| quote_identifier(name)).collect();

@@ -13,6 +13,7 @@ use super::relation::{Finder, Plan, PlannedColumn};
 use super::row::text;
 use super::target_table::Many;
 use crate::error::Result;
+use crate::postgres::copy_text;
 use crate::postgres::pgoutput::{Tuple, Value};
 
 /// One statement takes rows of about so much, in bytes: what it needs of the server's memory stays small, and in its caches.
@@ -213,28 +214,11 @@ fn copy_line(plan: &Plan, row: &Tuple, line: &mut BytesMut) -> Result<()> {
         }
         match text(value, plan)? {
             None => line.put_slice(b"\\N"),
-            Some(value) => field(line, value),
+            Some(value) => copy_text::field(line, value),
         }
     }
     line.put_u8(b'\n');
     Ok(())
-}
-
-fn field(line: &mut BytesMut, value: &[u8]) {
-    let mut rest = value;
-    while let Some(at) = rest.iter().position(|byte| matches!(byte, b'\\' | b'\n' | b'\r' | b'\t')) {
-        let (plain, special) = rest.split_at(at);
-        line.put_slice(plain);
-        line.put_u8(b'\\');
-        line.put_u8(match special.first() {
-            Some(b'\n') => b'n',
-            Some(b'\r') => b'r',
-            Some(b'\t') => b't',
-            _ => b'\\',
-        });
-        rest = special.get(1..).unwrap_or_default();
-    }
-    line.put_slice(rest);
 }
 
 impl PlannedColumn {
@@ -422,13 +406,6 @@ mod tests {
         }
         element(&mut array, None);
         assert_eq!(&array[..], br#"-1.5|""|"null"|"a,b"|"\"\\"|"{}"|"12:30"|NULL"#);
-    }
-
-    #[test]
-    fn fields_of_a_copy_are_escaped() {
-        let mut line = BytesMut::new();
-        field(&mut line, b"a\tb\nc\rd\\N");
-        assert_eq!(&line[..], br"a\tb\nc\rd\\N");
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 pub mod catalog;
 pub mod conninfo;
+pub mod copy_text;
 pub mod dial;
 pub mod failure;
 pub mod identifier;
+pub mod leftovers;
 pub mod lsn;
 pub mod passfile;
 pub mod pgoutput;

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
-use std::time::{Duration, Instant};
 
 use super::allowed::{
     event_triggers_allowed, give_schema, of_event_trigger, refused_default_privileges, without_refused_grants,
@@ -12,15 +11,13 @@ use super::dump::schema_differs;
 use super::existing::{Existing, invalid_indexes, is_proof};
 use super::toc::{Entry, Step};
 use super::{Archive, Programs, hold_back};
-use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::{Server, Session};
+use crate::error::{Doing, Error, Result};
+use crate::postgres::{Server, Session, leftovers};
 use crate::state::Store;
 use crate::telemetry::Telemetry;
 
 /// What every pg_restore of ours is called on the target; see [`end_leftovers`].
 pub(super) const RESTORE: &str = "restore";
-/// A backend that was told to end does so between two rows; one that builds an index, between two of its checks.
-const LEFTOVER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Restores one archive into one target.
 #[derive(Clone, Copy)]
@@ -270,29 +267,9 @@ async fn lacks_tablespaces(target: &Session, used: &[String]) -> Result<bool> {
     Ok(row.try_get(0)?)
 }
 
-/// Ends what a killed pg_restore of this move left running: a server notices a dead client only when it next
-/// talks to it, and an index build may be long. The daemon holds the move, so nobody else's can be meant.
+/// Ends what a killed pg_restore of this move left running.
 pub(super) async fn end_leftovers(target: &Session, server: &Server) -> Result<()> {
-    let name = server.application_name(RESTORE);
-    let deadline = Instant::now() + LEFTOVER_PATIENCE;
-    loop {
-        let rows = target
-            .query(
-                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-                 WHERE application_name = $1 AND datname = pg_catalog.current_database()",
-                &[&name],
-            )
-            .await
-            .doing(|| "ending what an earlier restore left running")?;
-        if rows.is_empty() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            let message = format!("{} backends of an earlier restore ({name}) do not end", rows.len());
-            return Err(Error::new(Class::Retry, "leftover_backends", message));
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    leftovers::end(target, &server.application_name(RESTORE)).await
 }
 
 /// Whether this role may keep foreign keys and ordinary triggers from firing for its own session: tried, not read.

@@ -5,7 +5,7 @@ use crate::error::{Doing, Result};
 use crate::postgres::quote_literal;
 
 /// Every table of the layout.
-pub(super) const TABLES: [&str; 13] = [
+pub(super) const TABLES: [&str; 14] = [
     "ddl",
     "cutover_step",
     "cutover",
@@ -15,6 +15,7 @@ pub(super) const TABLES: [&str; 13] = [
     "given_identity",
     "large_object",
     "held_back",
+    "copy_unit",
     "copy_table",
     "worker_progress",
     "progress",
@@ -67,7 +68,28 @@ CREATE TABLE IF NOT EXISTS pgtandem.copy_table (
     rows        bigint NOT NULL DEFAULT 0,
     bytes       bigint NOT NULL DEFAULT 0,
     bytes_total bigint NOT NULL DEFAULT 0,
+    shape       text,
     PRIMARY KEY (move, schema_name, table_name)
+);
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                   WHERE attrelid = 'pgtandem.copy_table'::pg_catalog.regclass AND attname = 'shape') THEN
+        ALTER TABLE pgtandem.copy_table ADD COLUMN shape text;
+    END IF;
+END $$;
+
+CREATE TABLE IF NOT EXISTS pgtandem.copy_unit (
+    move        text NOT NULL,
+    schema_name text NOT NULL,
+    table_name  text NOT NULL,
+    from_block  bigint NOT NULL,
+    to_block    bigint,
+    cut_lsn     pg_lsn NOT NULL,
+    rows        bigint NOT NULL,
+    bytes       bigint NOT NULL,
+    PRIMARY KEY (move, schema_name, table_name, from_block),
+    FOREIGN KEY (move, schema_name, table_name) REFERENCES pgtandem.copy_table
+        ON UPDATE CASCADE ON DELETE CASCADE
 );
 
 CREATE TABLE IF NOT EXISTS pgtandem.held_back (

@@ -12,6 +12,7 @@ mod progress;
 mod request;
 mod schema_change;
 mod tables;
+mod units;
 mod unkeyed;
 mod workers;
 
@@ -28,6 +29,7 @@ pub use progress::progress_sql;
 pub use request::{Request, RequestKind, RequestState};
 pub use schema_change::{SchemaChange, text_digest};
 pub use tables::{TableRecord, TableState, copied_sql, copying_sql, fence_sql};
+pub use units::{Begun, FinishedUnit, forget_units_sql, opened_sql, unit_sql, units_at_sql};
 pub use unkeyed::GivenIdentity;
 pub use workers::{WorkersAhead, split_json};
 

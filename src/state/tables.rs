@@ -66,18 +66,18 @@ pub fn copied_sql(move_name: &str, table: &QualifiedName, cut: Lsn, rows: u64, b
         "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, state, cut_lsn, rows, bytes)
          VALUES ({move_name}, {schema}, {name}, 'copied', '{cut}', {rows}, {bytes})
          ON CONFLICT (move, schema_name, table_name)
-         DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes",
+         DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes, shape = NULL",
         move_name = quote_literal(move_name),
         schema = quote_literal(&table.schema),
         name = quote_literal(&table.name),
     )
 }
 
-/// The statement that opens a table for being copied: in parts, in the transaction that empties it, or again.
+/// The statement that opens a table for being copied from nothing: units of it that are there count no more.
 #[must_use]
 pub fn copying_sql(move_name: &str, table: &QualifiedName) -> String {
     format!(
-        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0
+        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0, shape = NULL
          WHERE move = {} AND schema_name = {} AND table_name = {}",
         quote_literal(move_name),
         quote_literal(&table.schema),

@@ -1,10 +1,10 @@
 //! The copy against real servers: every row of the cut, whatever is in it and whatever dies, and a stream that goes on
 //! exactly where the cut ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pgtandem::config::{Config, Environment, Flags, Settings};
+use pgtandem::config::{Config, Environment, Flags, Settings, TablePattern};
 use pgtandem::copy::{self, Context, Outcome, by_hand, cut, publication};
 use pgtandem::error::Class;
 use pgtandem::postgres::pgoutput::{Message, Tuple, Value};
@@ -46,6 +46,7 @@ impl Move {
             match *key {
                 "split_above" => settings.copy.split_above = value.parse().unwrap(),
                 "workers" => settings.copy.workers = value.parse().unwrap(),
+                "max_bytes_per_second" => settings.copy.max_bytes_per_second = value.parse().unwrap(),
                 other => panic!("{other}"),
             }
         }
@@ -90,6 +91,36 @@ impl Move {
     async fn copy(&self) -> Outcome {
         let (walsender, cut) = self.first_cut().await;
         copy::run(&self.context, walsender, &cut).await.unwrap()
+    }
+
+    /// Copies under the first cut, and dies once `enough` is true.
+    async fn begin_and_die(&self, enough: impl AsyncFn() -> bool) -> pgtandem::postgres::replication::Cut {
+        let (walsender, cut) = self.first_cut().await;
+        self.die_copying(walsender, &cut, enough).await;
+        cut
+    }
+
+    async fn die_copying(
+        &self,
+        walsender: Walsender,
+        cut: &pgtandem::postgres::replication::Cut,
+        enough: impl AsyncFn() -> bool,
+    ) {
+        tokio::select! {
+            done = copy::run(&self.context, walsender, cut) => panic!("it was to die before: {done:?}"),
+            () = wait_until("enough is there", PATIENCE, enough) => {}
+        }
+    }
+
+    /// How many units of a table are in the target.
+    async fn units(&self, table: &str) -> usize {
+        let sql = format!("select count(*) from pgtandem.copy_unit where table_name = '{table}'");
+        self.target.query_string(&sql).await.parse().unwrap()
+    }
+
+    /// The transactions that wrote the rows of a table of the target.
+    async fn written_by(&self, table: &str) -> BTreeSet<String> {
+        self.target.query_strings(&format!("select distinct xmin::text from {table}")).await.into_iter().collect()
     }
 
     async fn states(&self) -> BTreeMap<String, TableState> {
@@ -218,6 +249,9 @@ async fn every_kind_of_table_and_value_arrives() {
     assert_eq!(moved.target.query_strings("select reltuples from pg_class where relname = 'parts'").await, ["200"]);
 }
 
+/// Many units, so slow that there is time to die between them.
+const SLOW: &[(&str, &str)] = &[("split_above", "2000000"), ("workers", "2"), ("max_bytes_per_second", "8000000")];
+
 const LARGE: &str = "
     create table large (id bigint primary key, filler text);
     alter table large set (autovacuum_enabled = off);
@@ -288,36 +322,26 @@ async fn the_stream_goes_on_exactly_where_the_cut_ends() {
 
 #[tokio::test]
 async fn a_copy_that_was_killed_goes_on_under_another_cut() {
-    let moved = Move::configured(Cluster::pair().await, LARGE, &[("split_above", "2000000"), ("workers", "2")]).await;
+    let mut moved = Move::configured(Cluster::pair().await, LARGE, SLOW).await;
     moved.source.execute(LARGE_ROWS).await;
     let stop = CancellationToken::new();
     let writers = write_ledger(&moved.source, &stop);
 
     // Given a copy that dies while some parts of the large table are in the target and the ledger is not.
-    let (walsender, first) = moved.first_cut().await;
-    let holder = moved.target.connect().await;
-    holder.batch_execute("begin; lock table ledger, small in share mode").await.unwrap();
-    let some_parts = async {
-        wait_until("some parts of the large table are there", PATIENCE, async || {
-            moved.target.query_string("select count(*) > 0 from large").await == "t"
-        })
-        .await;
-    };
-    tokio::select! {
-        done = copy::run(&moved.context, walsender, &first) => panic!("it cannot end: {done:?}"),
-        () = some_parts => {}
-    }
-    drop(holder);
+    let first = moved.begin_and_die(async || moved.units("large").await >= 3).await;
     assert_eq!(moved.states().await["public.large"], TableState::Copying);
 
     // When the next start takes another cut.
     moved.source.execute("update large set filler = 'changed' where id % 1000 = 1").await;
+    let there = moved.written_by("large").await;
+    moved.context.settings.max_bytes_per_second = 0;
     let (walsender, second) = moved.another_cut().await;
     assert!(second.lsn > first.lsn);
     assert_eq!(moved.context.store.find().await.unwrap().unwrap().last_cut_lsn, Some(second.lsn));
     assert_eq!(copy::run(&moved.context, walsender, &second).await.unwrap(), Outcome::Complete);
 
-    // Then everything is there once, and the slot still begins at the first cut.
+    // Then what was there stayed, everything is there once, and the slot still begins at the first cut.
+    assert!(there.is_subset(&moved.written_by("large").await), "no unit was copied twice");
     stop.cancel();
     for writer in writers {
         writer.await.unwrap();
@@ -329,6 +353,105 @@ async fn a_copy_that_was_killed_goes_on_under_another_cut() {
     let (walsender, third) = moved.another_cut().await;
     assert_eq!(copy::run(&moved.context, walsender, &third).await.unwrap(), Outcome::Complete);
     assert_eq!(moved.source.query_strings(sum).await, moved.target.query_strings(sum).await);
+}
+
+const CHANGING: &str = "
+    create table changing (a text, b int, v text, wide text, primary key (a, b));
+    alter table changing set (autovacuum_enabled = off);
+    alter table changing alter wide set storage external;
+    create table unkeyed (id int, v text);
+    alter table unkeyed replica identity full;
+    create table twice (id int primary key, v text);
+    create table renewed (id int primary key, v text);";
+
+const CHANGING_ROWS: &str = r"
+    insert into changing
+        select E'key\t\\' || i % 10, i, repeat(md5(i::text), 5), case when i % 100 = 0 then repeat('w' || i, 2000) end
+        from generate_series(1, 60000) i;
+    insert into unkeyed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
+    insert into twice select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
+    insert into renewed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;";
+
+/// Every way in which a row can change, leave its place, or come to another one.
+const CHANGES: &str = r"
+    delete from changing where b % 97 = 0;
+    vacuum changing;
+    update changing set v = v || 'longer' where b % 13 = 0;
+    update changing set v = 'again' where b % 26 = 0;
+    update changing set v = 'twice' || v where b % 26 = 0;
+    insert into changing select a, b + 1000000, v, wide from changing where b % 31 = 0;
+    update changing set b = -b where b % 50 = 0;
+    update changing set a = '', v = 'of wide ones' where b % 700 = 0;
+    begin; delete from changing where b % 41 = 0; rollback;
+    begin; insert into changing values ('gone', 1, null, null); delete from changing where a = 'gone'; commit;
+    delete from changing where b % 43 = 0;
+    insert into changing select E'key\t\\' || i % 10, i, 'back', null from generate_series(43, 43000, 43) i on conflict do nothing;";
+
+#[tokio::test]
+async fn what_changes_between_two_starts_is_brought_into_the_units_that_are_there() {
+    let mut moved = Move::configured(Cluster::pair().await, CHANGING, SLOW).await;
+    moved.source.execute(CHANGING_ROWS).await;
+    let (some, more) = (3, 7);
+    moved.begin_and_die(async || moved.units("changing").await >= some).await;
+    let there = moved.written_by("changing").await;
+
+    // It dies twice more: before anything was added, and after some was.
+    for statement in CHANGES.split(';') {
+        moved.source.execute(statement).await;
+    }
+    moved.context.settings.max_bytes_per_second = 1;
+    let (walsender, cut) = moved.another_cut().await;
+    let brought = format!("select count(*) > 0 from pgtandem.copy_unit where cut_lsn = '{}'", cut.lsn);
+    moved.die_copying(walsender, &cut, async || moved.target.query_string(&brought).await == "t").await;
+    for statement in CHANGES.split(';') {
+        moved.source.execute(&statement.replace("1000000", "2000000")).await;
+    }
+    moved.context.settings.max_bytes_per_second = 8_000_000;
+    let (walsender, cut) = moved.another_cut().await;
+    moved.die_copying(walsender, &cut, async || moved.units("changing").await >= more).await;
+    moved.source.execute("update changing set v = 'last' where b % 11 = 0").await;
+
+    moved.context.settings.max_bytes_per_second = 0;
+    let (walsender, cut) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
+
+    assert_same(&moved.source, &moved.target).await;
+    assert!(there.is_subset(&moved.written_by("changing").await), "what nobody touched stayed");
+    assert_eq!(moved.units("changing").await, 0, "nothing is remembered of a table that is copied");
+}
+
+#[tokio::test]
+async fn a_table_goes_on_only_where_every_change_can_be_told() {
+    let mut moved = Move::configured(Cluster::pair().await, CHANGING, SLOW).await;
+    moved.source.execute(CHANGING_ROWS).await;
+    let tables = ["unkeyed", "twice", "renewed", "changing"];
+    // Given that each of them was begun.
+    for (at, table) in tables.into_iter().enumerate() {
+        moved.context.settings.first = vec![TablePattern::new(table).unwrap()];
+        let (walsender, cut) = if at == 0 { moved.first_cut().await } else { moved.another_cut().await };
+        moved.die_copying(walsender, &cut, async || moved.units(table).await > 0).await;
+    }
+    let mut there = BTreeMap::new();
+    for table in tables {
+        there.insert(table, moved.written_by(table).await);
+    }
+
+    // When a row without a key changes, a table is emptied and filled again, another one is made anew.
+    let changes = "
+        update unkeyed set v = 'changed' where id = 17;
+        truncate twice; insert into twice select generate_series(1, 5);
+        drop table renewed; create table renewed (id int primary key, v text); insert into renewed values (1, 'new')";
+    moved.source.execute(changes).await;
+    moved.context.settings.max_bytes_per_second = 0;
+    let (walsender, cut) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
+
+    // Then these begin anew, and the other one went on.
+    assert_same(&moved.source, &moved.target).await;
+    for table in tables {
+        let kept = there[table].is_subset(&moved.written_by(table).await);
+        assert_eq!(kept, table == "changing", "{table}");
+    }
 }
 
 #[tokio::test]

@@ -420,7 +420,14 @@ fn config() -> Config {
         source: nowhere.clone(),
         source_from_target: None,
         target: nowhere,
-        copy: Copy { method: CopyMethod::Copy, workers: few, index_workers: few, split_above: 1 << 30 },
+        copy: Copy {
+            method: CopyMethod::Copy,
+            workers: few,
+            index_workers: few,
+            split_above: 1 << 30,
+            first: Vec::new(),
+            max_bytes_per_second: 0,
+        },
         follow: Follow {
             engine: Engine::Stream,
             workers: few,

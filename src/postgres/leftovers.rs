@@ -1,0 +1,30 @@
+//! What a dead process of ours left running on a server.
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Class, Doing, Error, Result};
+use crate::postgres::Session;
+
+/// A backend that was told to end does so between two rows; one that builds an index, between two of its checks.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Ends all other sessions of this application name, and waits until they are gone: a server notices a dead client only when it
+/// next talks to it, and until then goes on with what it was told, a COMMIT included. Whoever calls this holds the move that the
+/// name belongs to, so nobody else's can be meant.
+///
+/// # Errors
+/// Class retry: they do not end. The connection's.
+pub async fn end(session: &Session, application_name: &str) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = session.end_others(application_name).await.doing(|| "ending what an earlier start left running")?;
+        if left == 0 {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let message = format!("{left} backends of an earlier start ({application_name}) do not end");
+            return Err(Error::new(Class::Retry, "leftover_backends", message));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
