@@ -36,6 +36,7 @@ mod analyze;
 mod blockers;
 pub mod by_hand;
 pub mod cut;
+mod finish;
 mod gone;
 pub mod plan;
 pub mod publication;
@@ -55,6 +56,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 pub use analyze::analyze;
+pub use finish::Finish;
 pub(crate) use worker::holds_strange_rows;
 
 use crate::config::{self, MoveName, Scope};
@@ -89,6 +91,8 @@ pub struct Context {
     pub telemetry: Telemetry,
     /// Schema changes come with the stream.
     pub captured: bool,
+    /// Takes over what each table needs once it is copied.
+    pub finish: Arc<Finish>,
     /// Stops it between two gulps.
     pub cancel: CancellationToken,
 }
@@ -136,6 +140,7 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
     drop(session);
     let mut survey = Survey::take(context, cut).await?;
     survey.tell(context);
+    survey.copied().for_each(|table| context.finish.begin(table));
     let mut plan = survey.plan(&context.settings);
     if plan.tables.is_empty() {
         exporter.close().await;

@@ -10,6 +10,10 @@ use super::pump::Form;
 /// Set on both connections of a worker, beyond what every connection pins: rows arrive in the order of the heap.
 pub(super) const BOTH_SIDES: &str = "SET synchronize_seqscans = off";
 
+/// The rows of a unit and their record are one transaction, and a crash of the target takes transactions from the end of its log only:
+/// what it lost, nobody relies on. The next phase is entered by a commit that waits for the disk, and with it for all of these.
+pub(super) const DURABLE_LATER: &str = "SET synchronous_commit = off";
+
 /// How long a worker stands in the queue of a lock on the source before it steps aside for a moment.
 pub(super) const SOURCE_LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";
 

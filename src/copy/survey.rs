@@ -111,6 +111,11 @@ impl Survey {
         }
     }
 
+    /// Tables whose rows are all there.
+    pub(super) fn copied(&self) -> impl Iterator<Item = &QualifiedName> {
+        self.records.iter().filter(|record| record.state == TableState::Copied).map(|record| &record.name)
+    }
+
     /// What is there of this table counts no more.
     pub(super) fn begin_anew(&mut self, table: &QualifiedName) {
         self.begun.remove(table);

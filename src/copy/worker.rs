@@ -123,7 +123,8 @@ impl Worker {
                 .await?;
         }
         if was_last {
-            telemetry.copy_state(&table.table().name, TableState::Copied);
+            telemetry.copy_state(this, TableState::Copied);
+            job.context.finish.begin(this);
         }
         Ok(())
     }
@@ -172,6 +173,7 @@ impl Worker {
         commit(&mut self.target, context, &record).await?;
         if rest.planned.parts == 0 {
             context.telemetry.copy_state(&table.name, TableState::Copied);
+            context.finish.begin(&table.name);
         }
         Ok(())
     }
@@ -207,6 +209,7 @@ fn parts_copied_sql(context: &Context, cut: &Cut, table: &QualifiedName, moved: 
 async fn connect_target(context: &Context) -> Result<Wire> {
     let mut target = Wire::connect(&context.target, SESSIONS, Mode::Sql, &[]).await?;
     target.query(statements::BOTH_SIDES).await.doing(|| "preparing the target's session")?;
+    target.query(statements::DURABLE_LATER).await?;
     match target.query(statements::REPLICA_ROLE).await {
         Ok(_) => {}
         Err(error) if error.sqlstate().is_some() => {

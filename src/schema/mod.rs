@@ -22,6 +22,7 @@ mod existing;
 pub mod failure;
 pub mod foreign_keys;
 pub(crate) mod hold_back;
+pub mod indexes;
 mod left_out;
 pub mod programs;
 mod restore;

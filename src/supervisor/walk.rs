@@ -2,7 +2,8 @@
 //!
 //! Each phase begins by asking the state and the servers what is there; none of its steps minds being repeated.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,8 @@ pub(super) struct Walk<'a> {
     kit: Option<Kit>,
     /// Tables of the move that neither side has any more, while the stream may still bring changes of them.
     gone: HashSet<QualifiedName>,
+    /// Completes tables, from the copy on.
+    finish: Arc<copy::Finish>,
 }
 
 /// The schema of the source, and what can restore it.
@@ -45,7 +48,9 @@ struct Kit {
 
 impl<'a> Walk<'a> {
     pub(super) fn new(supervisor: &'a Supervisor<'a>, epoch: i64) -> Self {
-        Self { supervisor, epoch, kit: None, gone: HashSet::new() }
+        let workers = supervisor.config.copy.index_workers;
+        let finish = Arc::new(copy::Finish::new(&supervisor.target, workers, HashMap::new()));
+        Self { supervisor, epoch, kit: None, gone: HashSet::new(), finish }
     }
 
     /// pg_dump and pg_restore, and a fresh dump of the schema: the archive of an earlier start is gone with its container.
@@ -103,6 +108,9 @@ impl<'a> Walk<'a> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Copy);
         self.only_our_stream().await?;
+        if s.unless_stopped(self.prepare_to_finish()).await?.is_none() {
+            return Ok(Some(End::Stopped));
+        }
         // Tables that came to the move later are in no archive and in nobody's copy by hand.
         if self.is_first_copy().await? {
             match s.config.copy.method {
@@ -125,6 +133,22 @@ impl<'a> Walk<'a> {
         Ok((s.options.until == Until::Copy).then_some(End::Reached))
     }
 
+    /// Finds out what tables need once they are copied. Where the schema comes with the stream, they have it.
+    async fn prepare_to_finish(&mut self) -> Result<()> {
+        let s = self.supervisor;
+        let workers = s.config.copy.index_workers;
+        self.finish = Arc::new(copy::Finish::new(&s.target, workers, HashMap::new()));
+        self.finish.end_leftovers().await?;
+        if self.schema_comes_with_the_stream().await? {
+            return Ok(());
+        }
+        let archive = &self.kit().await?.archive;
+        let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+        let missing = schema::indexes::missing(&source, &target, archive).await?;
+        self.finish = Arc::new(copy::Finish::new(&s.target, workers, missing));
+        Ok(())
+    }
+
     /// Keys, indexes and statistics, once the rows are there.
     async fn complete_tables(&mut self) -> Result<()> {
         let s = self.supervisor;
@@ -133,9 +157,12 @@ impl<'a> Walk<'a> {
             return copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await;
         }
         self.kit().await?;
-        let tables = self.tables().await?;
+        let mut tables = self.tables().await?;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
         let restorer = self.restorer(kit);
+        s.telemetry.activity("building keys and indexes");
+        let analyzed = self.finish.rest().await;
+        tables.retain(|table| !analyzed.contains(&table.name));
         restorer.after_data(s.config.copy.index_workers).await?;
         copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;
         restorer.hold_back().await
@@ -164,6 +191,7 @@ impl<'a> Walk<'a> {
             settings: s.config.copy.clone(),
             telemetry: s.telemetry.clone(),
             captured: self.is_captured().await?,
+            finish: Arc::clone(&self.finish),
             cancel,
         };
         copy::run(&context, exporter, &cut).await

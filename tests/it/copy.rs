@@ -2,6 +2,7 @@
 //! exactly where the cut ends.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pgtandem::config::{Config, Environment, Flags, Settings, TablePattern};
@@ -58,13 +59,14 @@ impl Move {
         let leadership = store.try_lead().await.unwrap().unwrap();
         let context = Context {
             source: from,
-            target: to,
+            target: to.clone(),
             store,
             epoch: leadership.epoch(),
             scope: config.scope.clone(),
             settings: config.copy.clone(),
             telemetry: Telemetry::default(),
             captured: false,
+            finish: Arc::new(copy::Finish::new(&to, config.copy.index_workers, std::collections::HashMap::new())),
             cancel: CancellationToken::new(),
         };
         Self { source, target, config, context, _leadership: leadership, _clusters: clusters }

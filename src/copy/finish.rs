@@ -1,0 +1,171 @@
+//! What a table needs once its rows are in: its indexes, its keys, its statistics. It begins as soon as the rows are there, while other
+//! tables are still copied.
+//!
+//! Promises nothing but time: whatever is not done here, because it was refused or because of a death, is found missing
+//! afterwards and done by [`Restorer::after_data`](crate::schema::Restorer::after_data) and [`super::analyze`]. A CREATE INDEX is there
+//! whole or not at all.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+use crate::error::{Doing, Error, Result};
+use crate::postgres::{QualifiedName, Server, Session, leftovers};
+use crate::schema::indexes::{Index, Missing};
+
+/// What the sessions are called that build indexes.
+const SESSIONS: &str = "index";
+
+/// `$1`: how many indexes are built at the same time. Never less than what the server has set: an index that is sorted in memory is
+/// built fastest, and shared buffers tell how large the server is.
+const ROOM: &str = "
+    SELECT pg_catalog.set_config('maintenance_work_mem', GREATEST(
+               (SELECT setting::int8 FROM pg_catalog.pg_settings WHERE name = 'maintenance_work_mem'),
+               LEAST((SELECT setting::int8 * 8 FROM pg_catalog.pg_settings WHERE name = 'shared_buffers') / 4, 1048576)
+           )::text || 'kB', false),
+           pg_catalog.set_config('max_parallel_maintenance_workers', GREATEST(
+               pg_catalog.current_setting('max_parallel_maintenance_workers')::int8,
+               LEAST(pg_catalog.current_setting('max_parallel_workers')::int8 / $1, 4))::text, false),
+           pg_catalog.set_config('synchronous_commit', 'off', false)";
+
+/// Completes tables, some at a time. Dropped, it stops.
+pub struct Finish {
+    shared: Arc<Shared>,
+    missing: Mutex<HashMap<QualifiedName, Missing>>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+struct Shared {
+    target: Server,
+    workers: usize,
+    /// One of these for each index in work.
+    turns: Semaphore,
+    idle: Mutex<Vec<Session>>,
+    analyzed: Mutex<HashSet<QualifiedName>>,
+}
+
+impl Finish {
+    /// `missing` is what each table needs.
+    #[must_use]
+    pub fn new(target: &Server, workers: NonZeroUsize, missing: HashMap<QualifiedName, Missing>) -> Self {
+        let shared = Shared {
+            target: target.clone(),
+            workers: workers.get(),
+            turns: Semaphore::new(workers.get()),
+            idle: Mutex::default(),
+            analyzed: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared), missing: Mutex::new(missing), tasks: Mutex::default() }
+    }
+
+    /// Ends what an earlier start left running.
+    ///
+    /// # Errors
+    /// It does not end; the connection's.
+    pub async fn end_leftovers(&self) -> Result<()> {
+        let target = &self.shared.target;
+        leftovers::end(&target.connect("control").await?, &target.application_name(SESSIONS)).await
+    }
+
+    /// The rows of the table are in. Returns at once. A second call for the same table does nothing.
+    pub(super) fn begin(&self, table: &QualifiedName) {
+        let Some(missing) = lock(&self.missing).remove(table) else { return };
+        let work = complete(Arc::clone(&self.shared), table.clone(), missing);
+        let mut tasks = lock(&self.tasks);
+        // What is done is let go of.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(work);
+    }
+
+    /// Completes all tables that were not begun yet, and waits for everything. Returns those whose statistics are gathered.
+    pub async fn rest(&self) -> HashSet<QualifiedName> {
+        let mut tables: Vec<QualifiedName> = lock(&self.missing).keys().cloned().collect();
+        tables.sort();
+        tables.iter().for_each(|table| self.begin(table));
+        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
+        while let Some(done) = tasks.join_next().await {
+            if let Err(error) = done {
+                tracing::warn!(%error, "a step of completing a table ended early; it is done later");
+            }
+        }
+        lock(&self.shared.idle).clear();
+        std::mem::take(&mut *lock(&self.shared.analyzed))
+    }
+}
+
+/// Builds the indexes, each when it is its turn, then declares the keys and gathers statistics.
+async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
+    let mut building = JoinSet::new();
+    for index in missing.indexes {
+        building.spawn(build(Arc::clone(&shared), index));
+    }
+    let mut then = Vec::new();
+    while let Some(built) = building.join_next().await {
+        then.extend(built.ok().flatten().into_iter().flat_map(|index| index.then));
+    }
+    if then.is_empty() && !missing.analyze {
+        return;
+    }
+    let done = shared
+        .in_turn(async |session| {
+            for statement in &then {
+                session.batch_execute(statement).await.doing(|| "declaring its keys")?;
+            }
+            if missing.analyze {
+                session.batch_execute(&format!("ANALYZE {table}")).await.doing(|| "gathering its statistics")?;
+            }
+            Ok(())
+        })
+        .await;
+    match done {
+        Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
+        Ok(()) => {}
+        Err(error) => tracing::info!(%error, table = %table.plain(), "the table is completed later"),
+    }
+}
+
+/// Returns the index if it is there.
+async fn build(shared: Arc<Shared>, index: Index) -> Option<Index> {
+    let Some(create) = &index.create else { return Some(index) };
+    let began = Instant::now();
+    let built = shared.in_turn(async |session| Ok(session.batch_execute(create).await?)).await;
+    match built {
+        Ok(()) => {
+            let seconds = (began.elapsed().as_secs_f64() * 10.0).round() / 10.0;
+            tracing::info!(index = %index.name.plain(), seconds, "built");
+            Some(index)
+        }
+        Err(error) => {
+            tracing::info!(%error, index = %index.name.plain(), "the index is built later");
+            None
+        }
+    }
+}
+
+impl Shared {
+    /// Does something on a session of the target, when it is its turn.
+    async fn in_turn(&self, work: impl AsyncFnOnce(&Session) -> Result<()>) -> Result<()> {
+        let _turn = self.turns.acquire().await.map_err(|_| Error::bug("no turn to build an index"))?;
+        let idle = lock(&self.idle).pop();
+        let session = match idle {
+            Some(session) => session,
+            None => {
+                let session = self.target.connect(SESSIONS).await?;
+                let workers = i64::try_from(self.workers).unwrap_or(1);
+                session.query(ROOM, &[&workers]).await.doing(|| "preparing to build indexes")?;
+                session
+            }
+        };
+        work(&session).await?;
+        lock(&self.idle).push(session);
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

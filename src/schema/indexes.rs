@@ -1,0 +1,156 @@
+//! The indexes and keys of tables, as statements that can run as soon as a table's rows are in.
+//!
+//! pg_restore builds what an archive holds of them once all rows are in, and a primary key as one step during which nobody else may
+//! touch the table. Here each index is a step of its own, also the one behind a key; a key is then declared over its index.
+//! What is not built here is found missing by [`Restorer::after_data`](super::Restorer::after_data), and built by pg_restore from
+//! the archive: exclusion constraints, keys of partitioned tables, indexes in a tablespace, and whatever was refused here.
+
+use std::collections::{HashMap, HashSet};
+
+use super::Archive;
+use super::existing::Existing;
+use super::toc::{Entry, Step};
+use crate::error::{Doing, Result};
+use crate::postgres::catalog::IS_USER_TABLE;
+use crate::postgres::{QualifiedName, Session, quote_identifier};
+
+/// An index that a table of the target lacks, wholly or in part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Index {
+    /// Schema and name.
+    pub name: QualifiedName,
+    /// CREATE INDEX; `None` if it is there, and only what follows is missing.
+    pub create: Option<String>,
+    /// What follows once it is there: its key is declared, marks are set. Each needs the table for itself, for a moment.
+    pub then: Vec<String>,
+}
+
+/// What a table needs once its rows are in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// Its indexes.
+    pub indexes: Vec<Index>,
+    /// Its statistics are gathered then. Not where statistics objects are still to come, or a partitioned table above it is
+    /// gathered as a whole.
+    pub analyze: bool,
+}
+
+/// What can be told of an index in SQL, and what pg_dump writes down beside its definition. A key of the kind WITHOUT OVERLAPS has a
+/// GiST index, over which no key can be declared.
+fn definitions() -> String {
+    format!(
+        "SELECT n.nspname::text, c.relname::text, i.relname::text, pg_catalog.pg_get_indexdef(i.oid),
+                k.contype::text, COALESCE(k.condeferrable, false), COALESCE(k.condeferred, false), x.indisclustered, x.indisreplident,
+                ARRAY(SELECT pg_catalog.format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s', n.nspname, i.relname, a.attnum, a.attstattarget)
+                      FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.oid AND a.attstattarget >= 0 ORDER BY a.attnum)
+         FROM pg_catalog.pg_index x
+         JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+         JOIN pg_catalog.pg_class c ON c.oid = x.indrelid
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         JOIN pg_catalog.pg_am am ON am.oid = i.relam
+         LEFT JOIN pg_catalog.pg_constraint k ON k.conindid = i.oid AND k.conrelid = c.oid AND k.contype IN ('p', 'u', 'x')
+         WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
+           AND x.indisvalid AND i.reltablespace = 0
+           AND (k.contype IS NULL OR k.contype <> 'x' AND am.amname = 'btree')
+         ORDER BY pg_catalog.pg_relation_size(i.oid) DESC, 3"
+    )
+}
+
+/// Tables with statistics objects, and partitions.
+const ANALYZED_LATER: &str = "
+    SELECT n.nspname::text, c.relname::text
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r'
+      AND (c.relispartition OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid))";
+
+/// Indexes of the target.
+const THERE: &str = "
+    SELECT n.nspname::text, i.relname::text
+    FROM pg_catalog.pg_class i JOIN pg_catalog.pg_namespace n ON n.oid = i.relnamespace WHERE i.relkind = 'i'";
+
+/// What each table of the archive needs that the target lacks, the largest index first.
+///
+/// # Errors
+/// The connections'.
+pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> Result<HashMap<QualifiedName, Missing>> {
+    let existing = Existing::read(target).await?;
+    let entries = archive.contents.of(Step::AfterData);
+    let wanted = entries.iter().filter(|entry| !existing.has(entry));
+    let wanted: HashSet<(&str, &str, &str)> = wanted.filter_map(key).collect();
+    let there = names(target, THERE, "listing the target's indexes").await?;
+    let later = names(source, ANALYZED_LATER, "looking for statistics objects").await?;
+    let mut missing: HashMap<QualifiedName, Missing> = HashMap::new();
+    for entry in archive.contents.of(Step::BeforeData).iter().filter(|entry| entry.kind == "TABLE") {
+        let Some(schema) = &entry.schema else { continue };
+        let table = QualifiedName::new(schema, &entry.tag);
+        let analyze = !later.contains(&table);
+        missing.insert(table, Missing { indexes: Vec::new(), analyze });
+    }
+    for row in source.query(&definitions(), &[]).await.doing(|| "listing the source's indexes")? {
+        let (schema, table, name): (String, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let kind: Option<String> = row.try_get(4)?;
+        let tag = if kind.is_some() { format!("{table} {name}") } else { name.clone() };
+        let listed = if kind.is_some() { "CONSTRAINT" } else { "INDEX" };
+        if !wanted.contains(&(listed, schema.as_str(), tag.as_str())) {
+            continue;
+        }
+        let (table, name) = (QualifiedName::new(&schema, table), QualifiedName::new(&schema, name));
+        let mut then = Vec::new();
+        if let Some(kind) = kind {
+            then.push(declaration(&table, &name.name, &kind, row.try_get(5)?, row.try_get(6)?));
+        }
+        then.extend(row.try_get::<_, Vec<String>>(9)?);
+        if row.try_get(7)? {
+            then.push(format!("ALTER TABLE {table} CLUSTER ON {}", quote_identifier(&name.name)));
+        }
+        if row.try_get(8)? {
+            then.push(format!(
+                "ALTER TABLE ONLY {table} REPLICA IDENTITY USING INDEX {}",
+                quote_identifier(&name.name)
+            ));
+        }
+        let create = if there.contains(&name) { None } else { Some(row.try_get(3)?) };
+        if let Some(missing) = missing.get_mut(&table) {
+            missing.indexes.push(Index { name, create, then });
+        }
+    }
+    Ok(missing)
+}
+
+/// As `pg_restore --list` names them.
+fn key(entry: &Entry) -> Option<(&str, &str, &str)> {
+    matches!(entry.kind.as_str(), "INDEX" | "CONSTRAINT").then_some(())?;
+    Some((&entry.kind, entry.schema.as_deref()?, &entry.tag))
+}
+
+/// Declares a key over an index that is there and has its name.
+fn declaration(table: &QualifiedName, name: &str, kind: &str, deferrable: bool, deferred: bool) -> String {
+    let kind = if kind == "p" { "PRIMARY KEY" } else { "UNIQUE" };
+    let name = quote_identifier(name);
+    let deferrable = if deferrable { " DEFERRABLE" } else { "" };
+    let deferred = if deferred { " INITIALLY DEFERRED" } else { "" };
+    format!("ALTER TABLE ONLY {table} ADD CONSTRAINT {name} {kind} USING INDEX {name}{deferrable}{deferred}")
+}
+
+async fn names(session: &Session, sql: &str, doing: &'static str) -> Result<HashSet<QualifiedName>> {
+    let rows = session.query(sql, &[]).await.doing(|| doing)?;
+    rows.iter().map(|row| Ok(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_declared_as_it_was() {
+        let table = QualifiedName::new("s", "T");
+        assert_eq!(
+            declaration(&table, "k", "p", false, false),
+            r#"ALTER TABLE ONLY "s"."T" ADD CONSTRAINT "k" PRIMARY KEY USING INDEX "k""#
+        );
+        assert!(
+            declaration(&table, "k", "u", true, true)
+                .ends_with(r#"UNIQUE USING INDEX "k" DEFERRABLE INITIALLY DEFERRED"#)
+        );
+    }
+}
