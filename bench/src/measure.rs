@@ -27,8 +27,9 @@ pub(crate) enum Role {
 pub(crate) struct Cost {
     /// Processor time, user and system, in seconds.
     pub(crate) cpu_seconds: f64,
-    /// The most memory in bytes, of all processes of the role together. For the daemon, all that was resident; for the server's
-    /// processes what is private to them, since most of what is resident there are the shared buffers.
+    /// The most memory in bytes, of all processes of the role together. For the daemon, all that was resident; with children, what
+    /// they share counted once. For the server's processes what is private to them, since most of what is resident there are the
+    /// shared buffers.
     pub(crate) peak_bytes: u64,
 }
 
@@ -157,7 +158,12 @@ impl Watch {
             // A process may end between two files.
             let Some(times) = times(pid) else { continue };
             self.seen.insert((pid, times.started), (role, times.own));
-            bytes += memory(pid, role).unwrap_or(0);
+            bytes += match role {
+                Role::Daemon if pids.len() == 1 => memory(pid, "status", "VmHWM:"),
+                Role::Daemon => memory(pid, "smaps_rollup", "Pss:"),
+                _ => memory(pid, "status", "RssAnon:"),
+            }
+            .unwrap_or(0);
         }
         let peak = self.peaks.entry(role).or_default();
         *peak = bytes.max(*peak);
@@ -234,10 +240,10 @@ fn times_of(stat: &str) -> Option<Times> {
     Some(Times { started: number(22)?, own: number(14)? + number(15)?, of_children: number(16)? + number(17)? })
 }
 
-fn memory(pid: u32, role: Role) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let wanted = if role == Role::Daemon { "VmHWM:" } else { "RssAnon:" };
-    let line = status.lines().find_map(|line| line.strip_prefix(wanted))?;
+/// Bytes, as a line of one of the process's files tells them.
+fn memory(pid: u32, file: &str, wanted: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(wanted))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 

@@ -35,6 +35,7 @@ pub(crate) use self::options::CopyOptions;
 use self::report::Report;
 use crate::options::Options;
 use crate::programs::Programs;
+use crate::say;
 use crate::servers::Pair;
 
 /// Copies every data set; false if a target was not identical to the source, or a contender failed.
@@ -47,6 +48,10 @@ pub(crate) async fn run(options: &Options, copy: &CopyOptions) -> Result<bool> {
     let pair = Pair::start(&programs, &settings).await?;
     report.print_head();
     for dataset in copy.datasets() {
+        if copy.contenders(dataset, &peers).is_empty() {
+            say(format!("{}: nobody of those who are named takes part", dataset.name()));
+            continue;
+        }
         report.add(rounds::play(dataset, options, copy, &programs, &peers, &pair).await?);
         // Whatever comes next may fail.
         report.write_json()?;

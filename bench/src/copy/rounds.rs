@@ -1,6 +1,6 @@
 //! Who copies when: every contender once in each round, in an order that rotates, one after another.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::CopyOptions;
 use super::contender::Contender;
@@ -36,7 +36,7 @@ pub(crate) async fn play(
     let (title, name) = (dataset.title(options), dataset.name());
     say(format!("{name}: {title}"));
     let contenders = copy.contenders(dataset, peers);
-    let Some(&first) = contenders.first() else { bail!("{name}: nobody of those who are named takes part") };
+    let &first = contenders.first().with_context(|| format!("{name}: nobody takes part"))?;
     let ground = Ground::prepare(dataset, options, copy, programs, peers, pair).await?;
     // The target's server has written as much log once before anybody is measured: writing it anew, the files are there already.
     let warm_up = trial::play(&ground, first).await.with_context(|| format!("{name}: warming up"))?;

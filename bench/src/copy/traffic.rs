@@ -70,7 +70,9 @@ impl Traffic {
 
     /// Counts from now on.
     pub(crate) async fn start_over(&mut self) -> Result<()> {
-        (self.counted, self.since) = (self.count().await?, Instant::now());
+        // The moment of the look, which sees what is committed at its beginning.
+        let now = Instant::now();
+        (self.counted, self.since) = (self.count().await?, now);
         Ok(())
     }
 
@@ -79,8 +81,9 @@ impl Traffic {
         if let Some(status) = self.pgbench.ended()? {
             bail!("pgbench ended with {status}: {}", self.pgbench.last_words());
         }
+        let seconds = self.since.elapsed().as_secs_f64();
         let done = self.count().await? - self.counted;
-        Ok(Loss { undisturbed: self.undisturbed, seconds: self.since.elapsed().as_secs_f64(), done })
+        Ok(Loss { undisturbed: self.undisturbed, seconds, done })
     }
 
     /// Ends it, and with it all that is written on the source.

@@ -53,7 +53,8 @@ impl Head {
         let more = self.more.iter().map(|(name, value)| format!("{name}={value}"));
         let all: Vec<String> = settings.chain(more).collect();
         println!("- all servers: {}; everything else as it is by default", all.join(", "));
-        println!("- {} rounds, scale {}; seconds are medians", self.rounds, self.scale);
+        let rounds = if self.rounds == 1 { "round" } else { "rounds" };
+        println!("- {} {rounds}, scale {}; seconds are medians", self.rounds, self.scale);
     }
 
     /// The same for programs, as the first fields of a document.

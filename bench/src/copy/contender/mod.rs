@@ -26,6 +26,8 @@ pub(crate) enum Contender {
     DirectoryPlain,
     /// pgcopydb clone, as Debian has it
     Pgcopydb,
+    /// The newest pgcopydb there is, with large tables split; only of the large table, if it is not named
+    PgcopydbSplit,
     /// pgcopydb clone, the newer one on the search path
     PgcopydbNew,
     /// The same with COPY in binary
@@ -40,12 +42,13 @@ pub(crate) enum Contender {
 }
 
 impl Contender {
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::Pipe,
         Self::PipePlain,
         Self::Directory,
         Self::DirectoryPlain,
         Self::Pgcopydb,
+        Self::PgcopydbSplit,
         Self::PgcopydbNew,
         Self::PgcopydbBinary,
         Self::Native,
@@ -60,6 +63,7 @@ impl Contender {
             Self::Directory => "directory",
             Self::DirectoryPlain => "directory, not compressed",
             Self::Pgcopydb => "pgcopydb",
+            Self::PgcopydbSplit => "pgcopydb, large tables split",
             Self::PgcopydbNew => "newer pgcopydb",
             Self::PgcopydbBinary => "newer pgcopydb, binary",
             Self::Native => "native subscription",
@@ -70,13 +74,14 @@ impl Contender {
 
     /// Whether it takes part only where it is asked for by its name.
     pub(crate) fn only_if_named(self) -> bool {
-        matches!(self, Self::PipePlain | Self::DirectoryPlain)
+        matches!(self, Self::PipePlain | Self::DirectoryPlain | Self::PgcopydbSplit)
     }
 
     /// Whether this machine has it.
     pub(crate) fn can(self, peers: &Peers) -> bool {
         match self {
             Self::Pgcopydb => peers.program(Which::Debian).is_some(),
+            Self::PgcopydbSplit => peers.program(Which::NewestSplit).is_some(),
             Self::PgcopydbNew => peers.program(Which::Newer).is_some(),
             Self::PgcopydbBinary => peers.program(Which::NewerBinary).is_some(),
             _ => true,
@@ -91,6 +96,7 @@ impl Contender {
             Self::Directory => dump::directory(ground, clock, dump::Compression::Default).await,
             Self::DirectoryPlain => dump::directory(ground, clock, dump::Compression::None).await,
             Self::Pgcopydb => pgcopydb::clone(ground, clock, Which::Debian).await,
+            Self::PgcopydbSplit => pgcopydb::clone(ground, clock, Which::NewestSplit).await,
             Self::PgcopydbNew => pgcopydb::clone(ground, clock, Which::Newer).await,
             Self::PgcopydbBinary => pgcopydb::clone(ground, clock, Which::NewerBinary).await,
             Self::Native => native::copy(ground, clock).await,
@@ -120,7 +126,7 @@ impl Contender {
         match self {
             Self::Pipe | Self::PipePlain => Ok(()),
             Self::Directory | Self::DirectoryPlain => dump::clean(ground),
-            Self::Pgcopydb | Self::PgcopydbNew | Self::PgcopydbBinary => pgcopydb::clean(ground),
+            Self::Pgcopydb | Self::PgcopydbSplit | Self::PgcopydbNew | Self::PgcopydbBinary => pgcopydb::clean(ground),
             Self::Native => native::clean(ground).await,
             Self::Pgtandem | Self::PgtandemKilled => pgtandem::clean(ground).await,
         }

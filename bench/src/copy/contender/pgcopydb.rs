@@ -19,10 +19,14 @@ use crate::say;
 /// What asks for COPY in binary.
 const BINARY: &str = "--use-copy-binary";
 
+/// What lets several jobs copy one table: above the size above which pgtandem does so by default.
+const SPLIT: [&str; 2] = ["--split-tables-larger-than", "1GB"];
+
 /// Which of them, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
     Debian,
+    NewestSplit,
     Newer,
     NewerBinary,
 }
@@ -57,6 +61,7 @@ impl Peers {
     pub(crate) fn program(&self, which: Which) -> Option<&Path> {
         match which {
             Which::Debian => self.debian.as_deref(),
+            Which::NewestSplit => self.newer.as_deref().or(self.debian.as_deref()),
             Which::Newer => self.newer.as_deref(),
             Which::NewerBinary => self.newer.as_deref().filter(|_| self.binary),
         }
@@ -99,9 +104,11 @@ pub(super) async fn clone(ground: &Ground<'_>, clock: &mut Stopwatch<'_>, which:
     command.args(["clone", "--source", &ground.source_url(), "--target", &ground.target_url()]);
     command.args(["--table-jobs", &ground.copy.jobs.to_string(), "--index-jobs", &ground.copy.index_jobs.to_string()]);
     command.arg("--dir").arg(folder(ground));
-    if which == Which::NewerBinary {
-        command.arg(BINARY);
-    }
+    match which {
+        Which::NewestSplit => command.args(SPLIT),
+        Which::NewerBinary => command.arg(BINARY),
+        Which::Debian | Which::Newer => &mut command,
+    };
     clock.run(command).await
 }
 

@@ -69,6 +69,7 @@ impl Dataset {
     pub(crate) fn asks(self, contender: Contender) -> bool {
         match self {
             Self::Busy => matches!(contender, Contender::Pipe | Contender::Pgtandem),
+            Self::Large if contender == Contender::PgcopydbSplit => true,
             _ => !contender.only_if_named(),
         }
     }
