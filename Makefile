@@ -1,18 +1,18 @@
 # Everything with one command, on a fresh machine with Rust, Node.js with npm, and Python 3 with pip.
 
-.PHONY: help provision build demo bench test lint deny clean
+.PHONY: help provision build demo bench bench-copy test lint deny clean
 .DEFAULT_GOAL := help
 
 CARGO ?= cargo
 # What `make demo` hands on, such as DEMO="--rows 2000000 --keep".
 DEMO ?=
-# What `make bench` hands on, such as BENCH="a c --rounds 3 --scale 0.05".
+# What `make bench` hands on, such as BENCH="a c --rounds 3 --scale 0.05"; `make bench-copy` does, too.
 BENCH ?=
 # What `make test` hands on to the test runner, such as TEST="copy::" to run what has this in its name.
 TEST ?=
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 provision: ## Bring PostgreSQL 13 to 18 and its client programs to .provision/
 	@scripts/provision.sh
@@ -26,6 +26,10 @@ demo: build provision ## Move a live database between two throw-away servers
 bench: build ## Measure how fast a backlog is followed, beside pgtandem's peers
 	@scripts/provision.sh --with-peers
 	$(CARGO) run --release --locked --quiet --manifest-path bench/Cargo.toml -- $(BENCH)
+
+bench-copy: build ## Measure the first copy, beside pgtandem's peers
+	@scripts/provision.sh --with-peers
+	$(CARGO) run --release --locked --quiet --manifest-path bench/Cargo.toml -- copy $(BENCH)
 
 # The documentation's examples first, so that the output ends with the summary of the tests.
 test: provision ## Run all tests, those against real servers included

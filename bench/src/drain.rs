@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::contender::Contender;
 use crate::measure::{Costs, Watch};
+use crate::outcome::Outcome;
 use crate::same::Content;
 use crate::servers::Server;
 use crate::stage::{DATABASE, Stage};
@@ -20,17 +21,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// How many looks at the target there are to one look at the processes.
 const PROCESSES_EVERY: u32 = 10;
-
-/// How it went.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Outcome {
-    /// In so many seconds.
-    Drained(f64),
-    /// Not within so many seconds.
-    Over(f64),
-    /// It could not, for this reason.
-    Failed(String),
-}
 
 /// One drain.
 #[derive(Clone, Debug)]
@@ -49,19 +39,19 @@ impl Drain {
     pub(crate) fn line(&self) -> String {
         let name = self.contender.name();
         match (&self.outcome, &self.differences) {
-            (Outcome::Drained(seconds), Some(found)) if !self.is_drained() => {
+            (Outcome::Done(seconds), Some(found)) if !self.is_drained() => {
                 format!("{name} {seconds:.2} s, DIFFERENT from the source: {}", found.join("; "))
             }
             (Outcome::Failed(reason), _) => format!("{name} failed: {reason}"),
             (Outcome::Over(seconds), _) => format!("{name} was not done after {seconds:.0} s"),
-            (Outcome::Drained(seconds), None) => format!("{name} {seconds:.2} s"),
-            (Outcome::Drained(seconds), Some(_)) => format!("{name} {seconds:.2} s, identical to the source"),
+            (Outcome::Done(seconds), None) => format!("{name} {seconds:.2} s"),
+            (Outcome::Done(seconds), Some(_)) => format!("{name} {seconds:.2} s, identical to the source"),
         }
     }
 
     /// The target holds what the source holds, as far as there is a target. Only such a drain has a time worth comparing.
     pub(crate) fn is_drained(&self) -> bool {
-        matches!(self.outcome, Outcome::Drained(_)) && !self.differs()
+        matches!(self.outcome, Outcome::Done(_)) && !self.differs()
     }
 
     /// The target was compared, and holds something else.
@@ -71,7 +61,7 @@ impl Drain {
 
     pub(crate) fn json(&self) -> Value {
         let (outcome, seconds, reason) = match &self.outcome {
-            Outcome::Drained(seconds) => ("drained", Some(seconds), None),
+            Outcome::Done(seconds) => ("drained", Some(seconds), None),
             Outcome::Over(seconds) => ("over", Some(seconds), None),
             Outcome::Failed(reason) => ("failed", None, Some(reason)),
         };
@@ -118,7 +108,7 @@ pub(crate) async fn drain(stage: &Stage<'_>, contender: Contender, source: &Cont
     let mut looks: u32 = 0;
     let outcome = loop {
         match running.is_done(looking.as_ref()).await {
-            Ok(true) => break Outcome::Drained(began.elapsed().as_secs_f64()),
+            Ok(true) => break Outcome::Done(began.elapsed().as_secs_f64()),
             Ok(false) => {}
             Err(reason) => break Outcome::Failed(format!("{reason:#}")),
         }
@@ -144,7 +134,7 @@ pub(crate) async fn drain(stage: &Stage<'_>, contender: Contender, source: &Cont
     running.stop().await.context("stopping it")?;
     drop(looking);
     let differences = match (target, &outcome) {
-        (Some(target), Outcome::Drained(_)) => {
+        (Some(target), Outcome::Done(_)) => {
             Some(source.differences(&Content::of(&target.connect(DATABASE).await?).await?))
         }
         _ => None,

@@ -1,5 +1,6 @@
 //! How fast a backlog is followed, and what that costs: pgtandem beside the native subscription, pgcopydb, and a reader that
-//! applies nothing. `bench/README.md` says what is measured and how to read it.
+//! applies nothing. With `copy` as its first word, how fast a database is copied first: pgtandem beside pg_dump, pgcopydb and
+//! the native subscription. `bench/README.md` says what is measured and how to read it.
 //!
 //! | file | what it owns |
 //! |---|---|
@@ -13,6 +14,8 @@
 //! | [`stage`] | one workload set up: databases, slots, the backlog |
 //! | [`rounds`] | who drains when, and how long anyone may take |
 //! | [`drain`] | one contender drains one backlog |
+//! | [`outcome`] | how that went |
+//! | [`copy`] | the first copy: data sets, contenders, and all that the rows above say, for it |
 //! | [`steady`] | following while the source works: the highest rate, the lag at half of it |
 //! | [`measure`] | processor time and memory of processes |
 //! | [`same`] | whether a target holds what the source holds |
@@ -20,11 +23,13 @@
 //! | [`machine`] | what all this ran on |
 
 mod contender;
+mod copy;
 mod drain;
 mod guard;
 mod machine;
 mod measure;
 mod options;
+mod outcome;
 mod process;
 mod programs;
 mod report;
@@ -39,13 +44,17 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::options::Options;
+use crate::options::{Options, Task};
 use crate::workload::Kind;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = if options.null_reader { contender::null::read().await.map(|()| true) } else { run(&options).await };
+    let outcome = match &options.command {
+        _ if options.null_reader => contender::null::read().await.map(|()| true),
+        Some(Task::Copy(copy)) => copy::run(&options, copy).await,
+        None => run(&options).await,
+    };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -1,9 +1,11 @@
 //! What processes cost: processor time and memory, as `/proc` tells them.
 //!
-//! Three roles are told apart. The walsender of the slot, which decodes. The daemon: the program that was started, with all
-//! its children. The target: every process that its server has started since the measuring began, so the sessions or the
-//! worker that apply, and not the checkpointer and its like. Processes are looked at until the drain ends; what one that
-//! has gone meanwhile used after the last look is missed.
+//! Four roles are told apart. The walsender of a slot, which decodes. The source: where all of its sessions count, as in a copy.
+//! The daemon: the program that was started, with all its children. The target: every process that its server has started since
+//! the measuring began, so the sessions or the worker that apply, and not the checkpointer and its like.
+//!
+//! Processes are looked at until the measuring ends. What one that has gone meanwhile used after the last look is not missed on
+//! the servers, nor of a program that has ended: whoever waited for a process was told its processor time by the kernel.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -15,6 +17,7 @@ use serde_json::{Value, json};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Role {
     Walsender,
+    Source,
     Daemon,
     Target,
 }
@@ -24,15 +27,18 @@ pub(crate) enum Role {
 pub(crate) struct Cost {
     /// Processor time, user and system, in seconds.
     pub(crate) cpu_seconds: f64,
-    /// The most memory in bytes, of all processes of the role together. For the daemon, all that was resident; for the server's
-    /// processes what is private to them, since most of what is resident there are the shared buffers.
+    /// The most memory in bytes, of all processes of the role together. For the daemon, all that was resident; with children, what
+    /// they share counted once. For the server's processes what is private to them, since most of what is resident there are the
+    /// shared buffers.
     pub(crate) peak_bytes: u64,
 }
 
-/// What a drain used.
+/// What a drain or a copy used.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Costs {
     pub(crate) walsender: Cost,
+    /// All sessions of the source; nothing where only the walsender is looked at.
+    pub(crate) source: Cost,
     pub(crate) daemon: Cost,
     pub(crate) target: Cost,
 }
@@ -40,39 +46,64 @@ pub(crate) struct Costs {
 impl Costs {
     pub(crate) fn json(&self) -> Value {
         let one = |cost: Cost| json!({"cpu_seconds": cost.cpu_seconds, "peak_bytes": cost.peak_bytes});
-        json!({"walsender": one(self.walsender), "daemon": one(self.daemon), "target": one(self.target)})
+        json!({
+            "walsender": one(self.walsender), "source": one(self.source), "daemon": one(self.daemon),
+            "target": one(self.target),
+        })
     }
 }
 
 /// A process id is used again some day; with the time of its start it is unique.
 type Identity = (u32, u64);
 
-/// Watches the processes of one drain.
+/// Watches the processes of one drain or copy.
 pub(crate) struct Watch {
-    target: Option<u32>,
-    /// The target's processes that were there before.
-    before: HashSet<u32>,
+    servers: Vec<ServerWatch>,
     walsenders: HashSet<u32>,
     daemon: Option<u32>,
-    /// Processor time of every process that was seen.
-    seen: HashMap<Identity, (Role, f64)>,
+    /// Processor time, in ticks, of every process that was seen.
+    seen: HashMap<Identity, (Role, u64)>,
     peaks: HashMap<Role, u64>,
+    /// Processor time, in ticks, of the children that this program had waited for when the measuring began.
+    waited_before: u64,
     ticks_per_second: f64,
+}
+
+/// One server whose sessions count.
+struct ServerWatch {
+    role: Role,
+    postmaster: u32,
+    /// The processes that were there before, with the processor time that they had used, in ticks.
+    before: HashMap<Identity, u64>,
+    /// Processor time, in ticks, of the processes that had ended before.
+    ended_before: u64,
 }
 
 impl Watch {
     /// Begins to watch; `target` is the postmaster of the server that is applied to.
     pub(crate) fn begin(target: Option<u32>) -> Result<Self> {
-        let before = target.map(children).transpose()?.unwrap_or_default();
-        Ok(Self {
-            target,
-            before: before.into_iter().collect(),
+        let mut watch = Self {
+            servers: Vec::new(),
             walsenders: HashSet::new(),
             daemon: None,
             seen: HashMap::new(),
             peaks: HashMap::new(),
+            waited_before: times(std::process::id()).context("reading this program's times")?.of_children,
             ticks_per_second: rustix::param::clock_ticks_per_second() as f64,
-        })
+        };
+        if let Some(postmaster) = target {
+            watch.server(Role::Target, postmaster)?;
+        }
+        Ok(watch)
+    }
+
+    /// Watches all sessions of a server that begin from now on.
+    pub(crate) fn server(&mut self, role: Role, postmaster: u32) -> Result<()> {
+        let there = children(postmaster)?.into_iter().filter_map(|pid| Some((pid, times(pid)?)));
+        let before = there.map(|(pid, times)| ((pid, times.started), times.own)).collect();
+        let ended_before = times(postmaster).context("reading the times of a server")?.of_children;
+        self.servers.push(ServerWatch { role, postmaster, before, ended_before });
+        Ok(())
     }
 
     pub(crate) fn walsender(&mut self, pid: u32) {
@@ -87,9 +118,9 @@ impl Watch {
     pub(crate) fn look(&mut self) -> Result<()> {
         let walsenders: Vec<u32> = self.walsenders.iter().copied().collect();
         self.note(Role::Walsender, &walsenders);
-        if let Some(postmaster) = self.target {
-            let born: Vec<u32> = children(postmaster)?.into_iter().filter(|pid| !self.before.contains(pid)).collect();
-            self.note(Role::Target, &born);
+        let born = self.servers.iter().map(|server| Ok((server.role, server.born()?))).collect::<Result<Vec<_>>>()?;
+        for (role, pids) in born {
+            self.note(role, &pids);
         }
         if let Some(daemon) = self.daemon {
             let family = family(daemon)?;
@@ -100,23 +131,64 @@ impl Watch {
 
     /// What was used so far.
     pub(crate) fn costs(&self) -> Costs {
+        let seen = |wanted: Role| self.seen.values().filter(|(role, _)| *role == wanted).map(|(_, ticks)| ticks).sum();
         let of = |wanted: Role| {
-            let seconds = self.seen.values().filter(|(role, _)| *role == wanted).map(|(_, seconds)| seconds).sum();
-            Cost { cpu_seconds: seconds, peak_bytes: self.peaks.get(&wanted).copied().unwrap_or(0) }
+            let told = match wanted {
+                Role::Walsender => None,
+                Role::Daemon => times(std::process::id()).map(|now| now.of_children - self.waited_before),
+                Role::Source | Role::Target => {
+                    self.servers.iter().find(|server| server.role == wanted).and_then(ServerWatch::used)
+                }
+            };
+            let seen: u64 = seen(wanted);
+            let cpu_seconds = seen.max(told.unwrap_or(0)) as f64 / self.ticks_per_second;
+            Cost { cpu_seconds, peak_bytes: self.peaks.get(&wanted).copied().unwrap_or(0) }
         };
-        Costs { walsender: of(Role::Walsender), daemon: of(Role::Daemon), target: of(Role::Target) }
+        Costs {
+            walsender: of(Role::Walsender),
+            source: of(Role::Source),
+            daemon: of(Role::Daemon),
+            target: of(Role::Target),
+        }
     }
 
     fn note(&mut self, role: Role, pids: &[u32]) {
         let mut bytes = 0;
         for &pid in pids {
             // A process may end between two files.
-            let Some((started, ticks)) = times(pid) else { continue };
-            self.seen.insert((pid, started), (role, ticks as f64 / self.ticks_per_second));
-            bytes += memory(pid, role).unwrap_or(0);
+            let Some(times) = times(pid) else { continue };
+            self.seen.insert((pid, times.started), (role, times.own));
+            bytes += match role {
+                Role::Daemon if pids.len() == 1 => memory(pid, "status", "VmHWM:"),
+                Role::Daemon => memory(pid, "smaps_rollup", "Pss:"),
+                _ => memory(pid, "status", "RssAnon:"),
+            }
+            .unwrap_or(0);
         }
         let peak = self.peaks.entry(role).or_default();
         *peak = bytes.max(*peak);
+    }
+}
+
+impl ServerWatch {
+    /// The processes that are there and were not before.
+    fn born(&self) -> Result<Vec<u32>> {
+        let before: HashSet<u32> = self.before.keys().map(|(pid, _)| *pid).collect();
+        Ok(children(self.postmaster)?.into_iter().filter(|pid| !before.contains(pid)).collect())
+    }
+
+    /// Processor time, in ticks, of all processes that were not there before: of those that have ended, as the postmaster was
+    /// told, without what those from before had used until then; and of those that are there.
+    fn used(&self) -> Option<u64> {
+        let now: HashMap<Identity, u64> = children(self.postmaster)
+            .ok()?
+            .into_iter()
+            .filter_map(|pid| times(pid).map(|times| ((pid, times.started), times.own)))
+            .collect();
+        let ended = times(self.postmaster)?.of_children - self.ended_before;
+        let gone: u64 = self.before.iter().filter(|(who, _)| !now.contains_key(who)).map(|(_, ticks)| ticks).sum();
+        let born: u64 = now.iter().filter(|(who, _)| !self.before.contains_key(who)).map(|(_, ticks)| ticks).sum();
+        Some(ended.saturating_sub(gone) + born)
     }
 }
 
@@ -145,23 +217,33 @@ fn family(pid: u32) -> Result<Vec<u32>> {
     Ok(all)
 }
 
-/// When a process started and what it has used, in ticks. See proc(5): fields 22, 14 and 15.
-fn times(pid: u32) -> Option<(u64, u64)> {
+/// Of one process, in ticks. See proc(5): fields 22, 14 and 15, 16 and 17.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Times {
+    /// When it started.
+    started: u64,
+    /// What it has used.
+    own: u64,
+    /// What those of its children have used that have ended.
+    of_children: u64,
+}
+
+fn times(pid: u32) -> Option<Times> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     times_of(&stat)
 }
 
-fn times_of(stat: &str) -> Option<(u64, u64)> {
+fn times_of(stat: &str) -> Option<Times> {
     // The name, in parentheses, may hold anything, so fields are counted from its end.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
-    Some((number(22)?, number(14)? + number(15)?))
+    Some(Times { started: number(22)?, own: number(14)? + number(15)?, of_children: number(16)? + number(17)? })
 }
 
-fn memory(pid: u32, role: Role) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let wanted = if role == Role::Daemon { "VmHWM:" } else { "RssAnon:" };
-    let line = status.lines().find_map(|line| line.strip_prefix(wanted))?;
+/// Bytes, as a line of one of the process's files tells them.
+fn memory(pid: u32, file: &str, wanted: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(wanted))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }
 
@@ -171,8 +253,8 @@ mod tests {
 
     #[test]
     fn times_are_read_whatever_the_name_is() {
-        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 0 0 20 0 1 0 12345 1000 20 0";
-        assert_eq!(times_of(stat), Some((12345, 12)));
+        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 100 0 0 0 7 5 3 1 20 0 1 0 12345 1000 20 0";
+        assert_eq!(times_of(stat), Some(Times { started: 12345, own: 12, of_children: 4 }));
         assert_eq!(times_of("nonsense"), None);
     }
 
@@ -182,5 +264,13 @@ mod tests {
         watch.daemon(Some(std::process::id()));
         watch.look().expect("look");
         assert!(watch.costs().daemon.peak_bytes > 0);
+    }
+
+    #[test]
+    fn a_program_that_has_ended_is_counted_though_nobody_looked() {
+        let watch = Watch::begin(None).expect("begin");
+        let work = "i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done";
+        std::process::Command::new("sh").args(["-c", work]).status().expect("run");
+        assert!(watch.costs().daemon.cpu_seconds > 0.0);
     }
 }

@@ -22,15 +22,10 @@ const LAST_WORDS: usize = 6;
 
 /// Runs a program to its end. Its output goes to `log`, over whatever was there.
 pub(crate) async fn run(command: Command, log: &Path) -> Result<()> {
-    let mut process = Background::start(command, log)?;
-    let status = process.child.wait().await.context("waiting for a program")?;
-    if !status.success() {
-        bail!("{} ended with {status}: {}", process.name, process.last_words());
-    }
-    Ok(())
+    Background::start(command, log)?.finish().await
 }
 
-/// A program that runs beside us. Dropping it kills it.
+/// A program that runs beside us. Dropping it kills it, and all that it started.
 pub(crate) struct Background {
     name: String,
     pub(crate) child: Child,
@@ -76,16 +71,47 @@ impl Background {
         tail(&self.log, LAST_WORDS)
     }
 
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// It failed, with what it last said.
+    pub(crate) async fn finish(&mut self) -> Result<()> {
+        let status = self.child.wait().await.with_context(|| format!("waiting for {}", self.name))?;
+        if !status.success() {
+            bail!("{} ended with {status}: {}", self.name, self.last_words());
+        }
+        Ok(())
+    }
+
+    /// Kills it and all that it started, as a power cut would, and waits until it is gone.
+    pub(crate) async fn kill(mut self) -> Result<()> {
+        self.signal(Signal::KILL)?;
+        self.child.wait().await.with_context(|| format!("waiting for {}", self.name)).map(drop)
+    }
+
     /// Asks it to stop, and waits until it has.
     pub(crate) async fn stop(mut self) -> Result<ExitStatus> {
-        if let Some(pid) = self.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw)
-            && self.ended()?.is_none()
-        {
-            kill_process_group(pid, Signal::TERM).with_context(|| format!("stopping {}", self.name))?;
+        if self.ended()?.is_none() {
+            self.signal(Signal::TERM)?;
         }
         tokio::time::timeout(STOP_DEADLINE, self.child.wait())
             .await
             .with_context(|| format!("{} did not stop when asked to: {}", self.name, self.last_words()))?
             .with_context(|| format!("waiting for {}", self.name))
+    }
+
+    /// To its process group. One that was waited for has no id any more, and gets none.
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let Some(group) = self.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) else {
+            return Ok(());
+        };
+        kill_process_group(group, signal).with_context(|| format!("stopping {}", self.name))
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It may have ended meanwhile.
+        self.signal(Signal::KILL).ok();
     }
 }

@@ -36,6 +36,10 @@ pub(crate) struct Programs {
     pub(crate) pgtandem: PathBuf,
     /// None where it, or the plugin for the source's version, was not to be had.
     pub(crate) pgcopydb: Option<Peer>,
+    /// Debian's pgcopydb, with or without that plugin: a copy needs none.
+    pub(crate) debian_pgcopydb: Option<PathBuf>,
+    /// Another pgcopydb, which the user has on the search path.
+    pub(crate) other_pgcopydb: Option<PathBuf>,
     /// This program, which is the null reader, too.
     pub(crate) itself: PathBuf,
 }
@@ -50,12 +54,15 @@ impl Programs {
         if !pgtandem.is_file() {
             bail!("{} is missing: run `make build`", pgtandem.display());
         }
+        let debian_pgcopydb = std::fs::canonicalize(provided.join("peer/usr/bin/pgcopydb")).ok();
         Ok(Self {
             source: installation(&provided, options.source)?,
             target: installation(&provided, options.target)?,
             client: resolved(&provided.join(format!("client/{client}/bin")))?,
             pgtandem: resolved(&pgtandem)?,
             pgcopydb: peer(&provided, options.source),
+            other_pgcopydb: on_search_path("pgcopydb").filter(|found| Some(found) != debian_pgcopydb.as_ref()),
+            debian_pgcopydb,
             itself: std::env::current_exe().context("finding this program itself")?,
         })
     }
@@ -86,6 +93,12 @@ fn peer(provided: &Path, source: u16) -> Option<Peer> {
     let peer =
         Peer { program: root.join("usr/bin/pgcopydb"), plugins: root.join(format!("usr/lib/postgresql/{source}/lib")) };
     (peer.program.is_file() && peer.plugins.join("wal2json.so").is_file()).then_some(peer)
+}
+
+/// The first program of this name, with links resolved.
+fn on_search_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).find_map(|folder| std::fs::canonicalize(folder.join(name)).ok())
 }
 
 fn resolved(path: &Path) -> Result<PathBuf> {

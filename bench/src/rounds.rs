@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::contender::Contender;
-use crate::drain::{self, Drain, Outcome};
+use crate::drain::{self, Drain};
 use crate::options::Options;
+use crate::outcome::Outcome;
 use crate::programs::Programs;
 use crate::say;
 use crate::servers::Servers;
@@ -65,7 +66,7 @@ fn limit(contender: Contender, drains: &[Drain], options: &Options) -> Duration 
         return options.limit();
     }
     let native = drains.iter().rev().find_map(|drain| match drain.outcome {
-        Outcome::Drained(seconds) if drain.contender == Contender::Native => Some(seconds),
+        Outcome::Done(seconds) if drain.contender == Contender::Native => Some(seconds),
         _ => None,
     });
     let patience = native.map(|seconds| Duration::from_secs_f64(seconds * options.patience).max(LEAST_PATIENCE));

@@ -1,7 +1,8 @@
 //! Whether a target holds what the source holds: for each table the number of its rows, and a hash over their texts that does
 //! not depend on their order. Made by the servers, and by nothing of pgtandem's own.
+//! After a copy also whether it has the same indexes and constraints.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use tokio_postgres::Client;
@@ -42,6 +43,11 @@ impl Content {
         Ok(Self(found))
     }
 
+    /// The rows of all tables together.
+    pub(crate) fn rows(&self) -> i64 {
+        self.0.values().map(|(rows, _)| rows).sum()
+    }
+
     /// What differs on the target, a line each.
     pub(crate) fn differences(&self, target: &Self) -> Vec<String> {
         let mut found = Vec::new();
@@ -59,6 +65,40 @@ impl Content {
             target.0.keys().filter(|table| !self.0.contains_key(*table)).map(|t| format!("{t} is only on the target")),
         );
         found
+    }
+}
+
+/// Indexes that are ready for use, and constraints. From 18 on NOT NULL is a constraint too, so the kinds are named.
+const SHAPE: &str = "
+    SELECT pg_get_indexdef(i.indexrelid)
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE i.indisvalid AND i.indisready AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'pgtandem', 'pgcopydb')
+    UNION ALL
+    SELECT format('constraint %I of %s %s', k.conname, k.conrelid::regclass, pg_get_constraintdef(k.oid))
+    FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE k.contype IN ('p', 'u', 'f', 'x', 'c') AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'pgtandem', 'pgcopydb')";
+
+/// How many of the indexes and constraints that differ are told.
+const SHAPES_TOLD: usize = 5;
+
+/// The indexes and constraints of a database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shape(BTreeSet<String>);
+
+impl Shape {
+    pub(crate) async fn of(client: &Client) -> Result<Self> {
+        client.batch_execute(PIN).await.context("pinning settings")?;
+        let rows = client.query(SHAPE, &[]).await.context("listing indexes and constraints")?;
+        Ok(Self(rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?))
+    }
+
+    /// What differs on the target, a line each, the first few.
+    pub(crate) fn differences(&self, target: &Self) -> Vec<String> {
+        let missing = self.0.difference(&target.0).map(|shape| format!("missing on the target: {shape}"));
+        let added = target.0.difference(&self.0).map(|shape| format!("only on the target: {shape}"));
+        missing.chain(added).take(SHAPES_TOLD).collect()
     }
 }
 

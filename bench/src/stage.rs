@@ -56,7 +56,7 @@ impl<'a> Stage<'a> {
         say("setting up source and target");
         for (server, database) in [(&servers.source, DATABASE), (&servers.target, TEMPLATE)] {
             server.execute("postgres", &format!("CREATE DATABASE {database} TEMPLATE template0")).await?;
-            kind.set_up(&Place { options, programs, servers, server, database }).await?;
+            kind.set_up(&Place { options, programs, folder: &servers.folder, server, database }).await?;
             server.execute(database, &format!("CREATE TABLE {DONE} (id int PRIMARY KEY); ANALYZE")).await?;
         }
         let control = servers.source.connect(DATABASE).await?;
@@ -85,7 +85,7 @@ impl<'a> Stage<'a> {
         say("making the backlog");
         let (options, programs, servers) = (self.options, self.programs, self.servers);
         let before = self.position().await?;
-        let place = Place { options, programs, servers, server: &servers.source, database: DATABASE };
+        let place = Place { options, programs, folder: &servers.folder, server: &servers.source, database: DATABASE };
         self.kind.make_backlog(&place).await?;
         self.done_after = self.position().await?;
         self.backlog_bytes = self.done_after - before;

@@ -3,12 +3,14 @@
 //! It writes what it receives into files, turns those into SQL, and applies a file once the log's segment is complete, unless it
 //! knows where the end is. So it is told, as its users tell it before they switch over.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tokio::process::Command;
 
 use crate::process::{self, Background};
+use crate::programs::Programs;
+use crate::servers::Folder;
 use crate::stage::{DATABASE, Stage};
 
 /// The decoding plugin that its slot needs.
@@ -30,7 +32,7 @@ impl Follow {
         let log = servers.folder.path().join("pgcopydb.log");
         let begin = stage.slot_position(slot).await?;
         for arguments in [&["create", "--startpos", &begin][..], &["set", "apply"]] {
-            let mut command = program(stage)?;
+            let mut command = of(stage)?;
             command.args(["stream", "sentinel"]).args(arguments).args(["--source", &servers.source.url(DATABASE)]);
             process::run(command, &log).await.context("preparing pgcopydb")?;
         }
@@ -45,7 +47,7 @@ impl Follow {
         if work.exists() {
             std::fs::remove_dir_all(&work).context("removing the files of an earlier drain")?;
         }
-        let mut command = program(stage)?;
+        let mut command = of(stage)?;
         command.args(["follow", "--resume", "--not-consistent", "--slot-name", slot, "--origin", ORIGIN]);
         command.args(["--source", &servers.source.url(DATABASE), "--target", &servers.target.url(DATABASE)]);
         command.args(["--endpos", &stage.end]).arg("--dir").arg(&work);
@@ -57,12 +59,16 @@ impl Follow {
     }
 }
 
-/// The program, with all that it writes going into our folder.
-fn program(stage: &Stage<'_>) -> Result<Command> {
+fn of(stage: &Stage<'_>) -> Result<Command> {
     let peer = stage.programs.pgcopydb.as_ref().context("there is no pgcopydb")?;
-    let folder = stage.servers.folder.path();
-    let mut command = Command::new(&peer.program);
-    command.env("PATH", stage.programs.search_path()?).env("PGPASSFILE", stage.servers.folder.passfile());
-    command.env("HOME", folder).env("XDG_DATA_HOME", folder).env("TMPDIR", folder);
+    command(&peer.program, stage.programs, &stage.servers.folder)
+}
+
+/// The program, with all that it writes going into our folder.
+pub(crate) fn command(program: &Path, programs: &Programs, folder: &Folder) -> Result<Command> {
+    let room = folder.path();
+    let mut command = Command::new(program);
+    command.env("PATH", programs.search_path()?).env("PGPASSFILE", folder.passfile());
+    command.env("HOME", room).env("XDG_DATA_HOME", room).env("TMPDIR", room);
     Ok(command)
 }

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use tokio::process::Command;
 
 use crate::process::{self, Background};
-use crate::servers::free_port;
+use crate::programs::Programs;
+use crate::servers::{Folder, free_port};
 use crate::stage::{DATABASE, Stage, TEMPLATE};
 
 /// The slot that a move of this name has.
@@ -23,26 +24,38 @@ pub(crate) struct Commands {
     program: PathBuf,
     search_path: std::ffi::OsString,
     config: PathBuf,
-    log: PathBuf,
+    pub(crate) log: PathBuf,
+    /// Where its daemon listens, on the loopback.
+    pub(crate) port: u16,
 }
 
 impl Commands {
     /// Writes the configuration: both ends, a port that nobody else uses, and the number of workers, of which 1 is the default.
     pub(crate) fn of(stage: &Stage<'_>, workers: u16) -> Result<Self> {
-        let folder = stage.servers.folder.path();
-        let config = folder.join("pgtandem.toml");
+        let ends = (stage.servers.source.url(DATABASE), stage.servers.pgtandem_target.url(DATABASE));
+        let more = format!("[follow]\nworkers = {workers}\n");
+        Self::write(stage.programs, &stage.servers.folder, (&ends.0, &ends.1), &more)
+    }
+
+    /// Writes a configuration with both ends, a port that nobody else uses, and more sections.
+    pub(crate) fn write(
+        programs: &Programs,
+        folder: &Folder,
+        (source, target): (&str, &str),
+        more: &str,
+    ) -> Result<Self> {
+        let config = folder.path().join("pgtandem.toml");
+        let port = free_port()?;
         let text = format!(
-            "[move]\nname = \"bench\"\n\n[source]\nurl = \"{}\"\n\n[target]\nurl = \"{}\"\n\n[http]\nlisten = \"127.0.0.1:{}\"\n\n[follow]\nworkers = {workers}\n",
-            stage.servers.source.url(DATABASE),
-            stage.servers.pgtandem_target.url(DATABASE),
-            free_port()?
+            "[move]\nname = \"bench\"\n\n[source]\nurl = \"{source}\"\n\n[target]\nurl = \"{target}\"\n\n[http]\nlisten = \"127.0.0.1:{port}\"\n\n{more}"
         );
         std::fs::write(&config, text).context("writing the configuration of pgtandem")?;
         Ok(Self {
-            program: stage.programs.pgtandem.clone(),
-            search_path: stage.programs.search_path()?,
+            program: programs.pgtandem.clone(),
+            search_path: programs.search_path()?,
             config,
-            log: folder.join("pgtandem.log"),
+            log: folder.path().join("pgtandem.log"),
+            port,
         })
     }
 
@@ -51,7 +64,8 @@ impl Commands {
         Background::start(self.command(&["run"]), &self.log)
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// `pgtandem` with these arguments.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--config").arg(&self.config).args(arguments).env("PATH", &self.search_path);
         // The environment goes before the file: what the user has set is for other moves.

@@ -1,26 +1,23 @@
 //! What was measured: tables for people on stdout, JSON for programs in a file.
 
+pub(crate) mod head;
+pub(crate) mod numbers;
 mod table;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
-use tokio::process::Command;
 
+use self::head::Head;
 use crate::contender::Contender;
 use crate::drain::Drain;
-use crate::machine::Machine;
 use crate::options::Options;
 use crate::programs::Programs;
 use crate::rounds::Results;
-use crate::servers::SETTINGS;
 use crate::steady::Steady;
 
 /// Everything so far.
 pub(crate) struct Report {
-    machine: Machine,
-    versions: Vec<(&'static str, String)>,
-    rounds: u32,
-    scale: f64,
+    head: Head,
     workloads: Vec<Results>,
     steady: Vec<Steady>,
 }
@@ -28,39 +25,19 @@ pub(crate) struct Report {
 impl Report {
     /// Looks at the machine, and asks every program for its version.
     pub(crate) async fn begin(options: &Options, programs: &Programs) -> Result<Self> {
-        let mut versions = vec![
-            ("source", version(programs.source.bin.join("postgres")).await?),
-            ("targets", version(programs.target.bin.join("postgres")).await?),
-            ("clients", version(programs.pgbench()).await?),
-        ];
+        let mut asked = Vec::new();
         if options.wants(Contender::Pgtandem) || options.wants(Contender::PgtandemTwo) {
-            versions.push(("pgtandem", version(&programs.pgtandem).await?));
+            asked.push(("pgtandem", programs.pgtandem.clone()));
         }
         if let Some(peer) = programs.pgcopydb.as_ref().filter(|_| options.wants(Contender::Pgcopydb)) {
-            versions.push(("pgcopydb", version(&peer.program).await?));
+            asked.push(("pgcopydb", peer.program.clone()));
         }
-        Ok(Self {
-            machine: Machine::look(),
-            versions,
-            rounds: options.rounds,
-            scale: options.scale,
-            workloads: Vec::new(),
-            steady: Vec::new(),
-        })
+        let head = Head::look(options, programs, asked, Vec::new()).await?;
+        Ok(Self { head, workloads: Vec::new(), steady: Vec::new() })
     }
 
     pub(crate) fn print_head(&self) {
-        println!("Machine: {}\n", self.machine.line());
-        for (what, version) in &self.versions {
-            println!("- {what}: {version}");
-        }
-        let settings: Vec<String> = SETTINGS
-            .iter()
-            .filter(|(name, _)| !["listen_addresses", "unix_socket_directories", "log_line_prefix"].contains(name))
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect();
-        println!("- all servers: {}; everything else as it is by default", settings.join(", "));
-        println!("- {} rounds, scale {}; seconds are medians", self.rounds, self.scale);
+        self.head.print();
     }
 
     /// Takes the results of a workload, and prints them.
@@ -96,11 +73,6 @@ impl Report {
     }
 
     pub(crate) fn write_json(&self, options: &Options) -> Result<()> {
-        let Some(path) = &options.json else { return Ok(()) };
-        let versions: serde_json::Map<String, Value> =
-            self.versions.iter().map(|(what, version)| ((*what).to_owned(), json!(version))).collect();
-        let settings: serde_json::Map<String, Value> =
-            SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
         let workloads: Vec<Value> = self
             .workloads
             .iter()
@@ -113,11 +85,11 @@ impl Report {
             })
             .collect();
         let steady: Vec<Value> = self.steady.iter().map(Steady::json).collect();
-        let document = json!({
-            "machine": self.machine.json(), "versions": versions, "settings": settings, "rounds": self.rounds,
-            "scale": self.scale, "workloads": workloads, "steady": steady, "good": self.all_good(),
-        });
-        std::fs::write(path, format!("{document:#}\n")).with_context(|| format!("writing {}", path.display()))
+        let mut document = self.head.json();
+        document.insert("workloads".to_owned(), json!(workloads));
+        document.insert("steady".to_owned(), json!(steady));
+        document.insert("good".to_owned(), json!(self.all_good()));
+        head::write_json(&json!(document), options)
     }
 
     fn drains(&self) -> impl Iterator<Item = (&Results, &Drain)> {
@@ -138,11 +110,4 @@ impl Report {
             .filter(move |(_, drain)| drain.contender.must_drain() == must && !drain.is_drained())
             .map(|(results, drain)| format!("- ({}) {}", results.kind.letter(), drain.line()))
     }
-}
-
-async fn version(program: impl AsRef<std::path::Path>) -> Result<String> {
-    let program = program.as_ref();
-    let asking = || format!("asking {} for its version", program.display());
-    let output = Command::new(program).arg("--version").output().await.with_context(asking)?;
-    Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or("unknown").to_owned())
 }

@@ -1,8 +1,10 @@
 //! The tables, in Markdown.
 
+use super::numbers::{mebibytes, median};
 use crate::contender::Contender;
-use crate::drain::{Drain, Outcome};
+use crate::drain::Drain;
 use crate::measure::Costs;
+use crate::outcome::Outcome;
 use crate::rounds::Results;
 use crate::steady::{Lags, Steady};
 
@@ -63,7 +65,7 @@ fn line(contender: Contender, drains: &[&Drain], times: &[f64], native: Option<f
         let instead = drains.first().map_or_else(String::new, |drain| match &drain.outcome {
             Outcome::Over(seconds) => format!("over {seconds:.0}"),
             Outcome::Failed(_) => "failed".to_owned(),
-            Outcome::Drained(seconds) => format!("({seconds:.2})"),
+            Outcome::Done(seconds) => format!("({seconds:.2})"),
         });
         return format!("| {name} | {instead} | | | | | | | | | | | {} |", verdict(drains));
     };
@@ -109,35 +111,8 @@ fn verdict(drains: &[&Drain]) -> String {
 fn times(results: &Results, contender: Contender) -> Vec<f64> {
     let of = results.drains.iter().filter(|drain| drain.contender == contender);
     of.filter_map(|drain| match drain.outcome {
-        Outcome::Drained(seconds) if drain.is_drained() => Some(seconds),
+        Outcome::Done(seconds) if drain.is_drained() => Some(seconds),
         _ => None,
     })
     .collect()
-}
-
-/// The middle one, or the mean of the two in the middle.
-fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let upper = *sorted.get(sorted.len() / 2)?;
-    if sorted.len() % 2 == 1 {
-        return Some(upper);
-    }
-    Some((sorted[sorted.len() / 2 - 1] + upper) / 2.0)
-}
-
-fn mebibytes(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
-    }
 }

@@ -1,4 +1,4 @@
-//! A source and two targets: throw-away servers on the loopback, with the same settings for everyone.
+//! A source and two targets, or one: throw-away servers on the loopback, with the same settings for everyone.
 //!
 //! PostgreSQL refuses to run as root; started by root, the servers run as `postgres` or, where there is none, as `nobody`.
 //! Nothing is left of them, also when this program is killed.
@@ -60,10 +60,36 @@ impl Servers {
         say(format!("starting a source {} and two targets {}", programs.source.major, programs.target.major));
         let user = ServerUser::choose()?;
         let folder = Folder::create(user)?;
-        let source = Server::start("source", &programs.source, programs.plugins(), user, &folder).await?;
-        let target = Server::start("target", &programs.target, None, user, &folder).await?;
-        let pgtandem_target = Server::start("pgtandem-target", &programs.target, None, user, &folder).await?;
+        let plugins: Vec<_> = programs.plugins().map(library_path).into_iter().collect();
+        let source = Server::start("source", &programs.source, &plugins, user, &folder).await?;
+        let target = Server::start("target", &programs.target, &[], user, &folder).await?;
+        let pgtandem_target = Server::start("pgtandem-target", &programs.target, &[], user, &folder).await?;
         Ok(Self { source, target, pgtandem_target, folder })
+    }
+}
+
+/// Where the server finds decoding plugins beside its own.
+fn library_path(plugins: &Path) -> (&'static str, String) {
+    ("dynamic_library_path", format!("$libdir:{}", plugins.display()))
+}
+
+/// A source and a target for whatever begins with an empty target.
+pub(crate) struct Pair {
+    // In this order they are dropped, as above.
+    pub(crate) source: Server,
+    pub(crate) target: Server,
+    pub(crate) folder: Folder,
+}
+
+impl Pair {
+    /// `settings` are for both, beside [`SETTINGS`].
+    pub(crate) async fn start(programs: &Programs, settings: &[(&str, String)]) -> Result<Self> {
+        say(format!("starting a source {} and a target {}", programs.source.major, programs.target.major));
+        let user = ServerUser::choose()?;
+        let folder = Folder::create(user)?;
+        let source = Server::start("source", &programs.source, settings, user, &folder).await?;
+        let target = Server::start("target", &programs.target, settings, user, &folder).await?;
+        Ok(Self { source, target, folder })
     }
 }
 
@@ -82,11 +108,11 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// `plugins` is a folder with decoding plugins beside the server's own.
+    /// `more` are settings beside [`SETTINGS`].
     async fn start(
         name: &'static str,
         installed: &Installation,
-        plugins: Option<&Path>,
+        more: &[(&str, String)],
         user: ServerUser,
         folder: &Folder,
     ) -> Result<Self> {
@@ -102,8 +128,8 @@ impl Server {
         for (setting, value) in SETTINGS {
             postgres.arg("-c").arg(format!("{setting}={value}"));
         }
-        if let Some(plugins) = plugins {
-            postgres.arg("-c").arg(format!("dynamic_library_path=$libdir:{}", plugins.display()));
+        for (setting, value) in more {
+            postgres.arg("-c").arg(format!("{setting}={value}"));
         }
         // A group of its own: an interrupt from the terminal is for this program.
         postgres.process_group(0).stdout(log.try_clone()?).stderr(log);

@@ -40,7 +40,7 @@ impl Trial {
 /// is written out at every beat.
 pub(crate) async fn run(stage: &Stage<'_>, watch: &LagWatch, wanted: Option<f64>) -> Result<(Trial, Lags)> {
     let (options, programs, servers) = (stage.options, stage.programs, stage.servers);
-    let place = Place { options, programs, servers, server: &servers.source, database: DATABASE };
+    let place = Place { options, programs, folder: &servers.folder, server: &servers.source, database: DATABASE };
     let mut command = place.pgbench_unsynced();
     command.args(["-n", "-c", "4", "-j", "2", "-T", &options.seconds.to_string()]);
     if let Some(rate) = wanted {

@@ -20,7 +20,7 @@ use crate::contender::Contender;
 use crate::options::Options;
 use crate::process;
 use crate::programs::Programs;
-use crate::servers::{SUPERUSER, Server, Servers};
+use crate::servers::{Folder, SUPERUSER, Server};
 use crate::steady;
 
 /// The workloads, by the letters of the README.
@@ -115,7 +115,7 @@ impl Kind {
 pub(crate) struct Place<'a> {
     pub(crate) options: &'a Options,
     pub(crate) programs: &'a Programs,
-    pub(crate) servers: &'a Servers,
+    pub(crate) folder: &'a Folder,
     pub(crate) server: &'a Server,
     pub(crate) database: &'a str,
 }
@@ -139,7 +139,7 @@ impl Place<'_> {
     fn pgbench(&self) -> Command {
         let mut command = Command::new(self.programs.pgbench());
         command.args(["-h", "127.0.0.1", "-p", &self.server.port().to_string(), "-U", SUPERUSER]);
-        command.env("PGPASSFILE", self.servers.folder.passfile());
+        command.env("PGPASSFILE", self.folder.passfile());
         command
     }
 
@@ -153,7 +153,7 @@ impl Place<'_> {
     /// Runs it to its end; what it said is in the file.
     pub(crate) async fn run_pgbench(&self, mut command: Command) -> Result<PathBuf> {
         command.arg(self.database);
-        let log = self.servers.folder.path().join("pgbench.log");
+        let log = self.folder.path().join("pgbench.log");
         process::run(command, &log).await?;
         Ok(log)
     }
@@ -165,7 +165,7 @@ impl Place<'_> {
         // So that every run does the same.
         command.arg("--random-seed=1");
         for (name, weight, text) in scripts {
-            let file: PathBuf = self.servers.folder.path().join(format!("{name}.sql"));
+            let file: PathBuf = self.folder.path().join(format!("{name}.sql"));
             std::fs::write(&file, text)?;
             command.arg("-f").arg(format!("{}@{weight}", file.display()));
         }
