@@ -103,7 +103,14 @@ impl Judge<'_> {
         let workers = self.count("copy.workers", 1..=64);
         let index_workers = self.count("copy.index_workers", 1..=64);
         let split_above = self.size("copy.split_above", MIB..=u64::MAX);
-        Some(Copy { method: method?, workers: workers?, index_workers: index_workers?, split_above: split_above? })
+        let keep_archive = self.switch("copy.keep_archive");
+        Some(Copy {
+            method: method?,
+            workers: workers?,
+            index_workers: index_workers?,
+            split_above: split_above?,
+            keep_archive: keep_archive?,
+        })
     }
 
     fn follow(&mut self) -> Option<Follow> {

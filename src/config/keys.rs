@@ -74,6 +74,7 @@ pub const KEYS: &[Key] = &[
     key!("copy"."workers", Number, Some("4"), "tables, or parts of a large one, copied at the same time; 1 to 64"),
     key!("copy"."index_workers", Number, Some("2"), "indexes built at the same time; 1 to 64"),
     key!("copy"."split_above", Text, Some("\"1GiB\""), "a larger table is copied by several workers; at least 1MiB"),
+    key!("copy"."keep_archive", Switch, Some("false"), "keep the archive of copy.method = \"dump\" once its rows are on the target"),
     key!("follow"."engine", Text, Some("\"stream\""), "who applies the changes: stream (pgtandem) or subscription (the target server)"),
     key!("follow"."workers", Number, Some("1"), "target connections that apply; 1 to 16"),
     key!("follow"."batch_max_delay", Text, Some("\"200ms\""), "a batch is committed at the latest after this; 1ms to 1m"),

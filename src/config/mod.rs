@@ -174,6 +174,8 @@ pub struct Copy {
     pub index_workers: NonZeroUsize,
     /// In bytes; a larger table is copied by several workers.
     pub split_above: u64,
+    /// Whether the archive of `copy.method = "dump"` stays once its rows are on the target.
+    pub keep_archive: bool,
 }
 
 /// `copy.method`

@@ -420,7 +420,13 @@ fn config() -> Config {
         source: nowhere.clone(),
         source_from_target: None,
         target: nowhere,
-        copy: Copy { method: CopyMethod::Copy, workers: few, index_workers: few, split_above: 1 << 30 },
+        copy: Copy {
+            method: CopyMethod::Copy,
+            workers: few,
+            index_workers: few,
+            split_above: 1 << 30,
+            keep_archive: false,
+        },
         follow: Follow {
             engine: Engine::Stream,
             workers: few,
