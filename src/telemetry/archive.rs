@@ -38,7 +38,8 @@ impl Telemetry {
 
     /// How many bytes COPY takes for a table that comes from an archive.
     pub fn in_archive(&self, table: &QualifiedName, bytes: u64) {
-        self.table(table).printed.store(bytes, Ordering::Relaxed);
+        // 0 would be what is not known.
+        self.table(table).printed.store(bytes.max(1), Ordering::Relaxed);
     }
 
     /// pg_restore has sent so much of a table.

@@ -100,7 +100,7 @@ async fn restored_by_halves(copy: &str) {
     assert!(sides.states().await.contains(&"a_first copied".to_owned()), "{:?}", sides.states().await);
     assert!(sides.states().await.contains(&"z_last copying".to_owned()), "{:?}", sides.states().await);
     let status = sides.status().await;
-    assert_eq!((&status["copy"]["tables_done"], &status["phase"]), (&1.into(), &"copy".into()), "{status}");
+    assert!(status["copy"]["tables_done"].as_u64().is_some_and(|done| (1..3).contains(&done)), "{status}");
     let before = sides.file_of("a_first").await;
     blocker.batch_execute("rollback").await.unwrap();
     // When the source changes and the daemon is started again, then nothing is dumped, and only what is left is restored.
@@ -215,10 +215,9 @@ async fn both_steps_of_an_archive_can_be_watched() {
     let dumping: Vec<_> = dumping.collect();
     assert!(!dumping.is_empty(), "{seen:#?}");
     assert!(dumping.iter().all(|(_, packed, _, copy)| packed["state"] == "copying" && copy["tables_done"] == 0));
-    // While it is restored, rows of the table in flight are seen beside tables that are finished.
-    let rows = |table: &serde_json::Value| table["rows"].as_u64().unwrap_or(0);
-    let restoring = seen.iter().find(|(_, packed, checked, _)| {
-        packed["state"] == "copied" && checked["state"] == "copying" && (1..200).contains(&rows(checked))
+    // While it is restored, the table in flight is seen beside those that are finished.
+    let restoring = seen.iter().find(|(restoring, packed, checked, _)| {
+        *restoring && packed["state"] == "copied" && checked["state"] == "copying" && bytes(checked) > 0
     });
     assert!(restoring.is_some(), "{seen:#?}");
     // The log tells both, and what COPY printed of a table is known to the byte.
@@ -228,7 +227,7 @@ async fn both_steps_of_an_archive_can_be_watched() {
     let printed = "select sum(length(id::text || E'\t' || v || E'\n'))::text from packed";
     let recorded = "select bytes::text from pgtandem.copy_table where table_name = 'packed'";
     assert_eq!(sides.to.query_string(recorded).await, sides.from.query_string(printed).await);
-    let rows = "select string_agg(table_name || ' ' || rows, ', ' order by 1) from pgtandem.copy_table";
+    let rows = "select string_agg(table_name || ' ' || rows, ', ' order by table_name) from pgtandem.copy_table";
     assert_eq!(sides.to.query_string(rows).await, "checked 200, packed 40000, small 1");
 }
 

@@ -165,14 +165,17 @@ pub(super) fn sync(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// After the rows stand a line that ends them and two that are empty.
+const END: u64 = 5;
+
 /// The file of an entry of the archive's table of contents, if it is there. `seen`: so many bytes were printed at least.
 pub(super) fn rows_file(rows: &Path, item: u32, seen: u64) -> Option<RowsFile> {
     ["dat.gz", "dat"].iter().find_map(|ending| {
         let file = format!("{item}.{ending}");
         let path = rows.join(&file);
         let bytes = fs::metadata(&path).ok()?.len();
-        let printed = if *ending == "dat" { bytes } else { unpacked(&path, bytes, seen).unwrap_or(seen) };
-        Some(RowsFile { file, bytes, printed })
+        let held = if *ending == "dat" { bytes } else { unpacked(&path, bytes, seen).unwrap_or(seen) };
+        Some(RowsFile { file, bytes, printed: held.saturating_sub(END) })
     })
 }
 
@@ -183,11 +186,13 @@ fn unpacked(path: &Path, bytes: u64, seen: u64) -> std::io::Result<u64> {
     file.seek(SeekFrom::End(-4))?;
     let mut last = [0; 4];
     file.read_exact(&mut last)?;
-    Ok(at_least(u64::from(u32::from_le_bytes(last)), seen.max(bytes - bytes / 100)))
+    Ok(at_least(u64::from(u32::from_le_bytes(last)), seen.max(bytes.saturating_sub(bytes / 100 + OVERHEAD))))
 }
 
-/// The smallest number that is `low` but for multiples of 4 GiB and not below `least`. What does not pack well may be a
-/// little smaller than its file, hence the one in a hundred above.
+/// What does not pack well is a little smaller than its file: by this, and by less than one in a hundred.
+const OVERHEAD: u64 = 64;
+
+/// The smallest number that is `low` but for multiples of 4 GiB and not below `least`.
 fn at_least(low: u64, least: u64) -> u64 {
     low.saturating_add(least.saturating_sub(low).div_ceil(1 << 32).saturating_mul(1 << 32))
 }
@@ -215,6 +220,18 @@ mod tests {
         assert_eq!(at_least(100, 99), 100);
         assert_eq!(at_least(100, 101), (1 << 32) + 100);
         assert_eq!(at_least(0, 3 << 32), 3 << 32);
+    }
+
+    #[test]
+    fn a_file_of_few_rows_is_larger_than_they_are() {
+        let place = tempfile::tempdir().unwrap();
+        // What gzip makes of "1\n" and the end: only its last four bytes matter.
+        let packed = [&[0; 23][..], &[7, 0, 0, 0]].concat();
+        fs::write(place.path().join("7.dat.gz"), packed).unwrap();
+        fs::write(place.path().join("8.dat"), "1\n2\n\\.\n\n\n").unwrap();
+        assert_eq!(rows_file(place.path(), 7, 0).map(|file| (file.bytes, file.printed)), Some((27, 2)));
+        assert_eq!(rows_file(place.path(), 8, 0).map(|file| (file.bytes, file.printed)), Some((9, 4)));
+        assert_eq!(rows_file(place.path(), 9, 0), None);
     }
 
     #[test]

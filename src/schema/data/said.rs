@@ -7,8 +7,8 @@
 //! ```
 //!
 //! With one worker nothing is said of the end: the next table begins once the one before it is finished. With several, each
-//! process writes the name of its program and the rest of a line apart, so that lines run into each other; one that cannot be
-//! understood for that says nothing, and its table is known to be finished at the end of all. Nothing that was not finished
+//! process writes the name of its program, a space and the rest of a line apart, so that lines run into each other. One that
+//! cannot be understood says nothing, and its table is known to be finished at the end of all. Nothing that was not finished
 //! is ever taken for it: where a name could forge a line, nothing is believed.
 
 use std::collections::HashMap;
@@ -88,7 +88,7 @@ enum Said<'a> {
 
 fn understood(line: &str) -> Option<Said<'_>> {
     let mut text = line;
-    while let Some(rest) = ["pg_dump: ", "pg_restore: "].iter().find_map(|program| text.strip_prefix(program)) {
+    while let Some(rest) = ["pg_dump:", "pg_restore:", " "].iter().find_map(|start| text.strip_prefix(start)) {
         text = rest;
     }
     let begins = ["dumping contents of table \"", "processing data for table \""];
@@ -124,6 +124,9 @@ mod tests {
         assert_eq!(dump.hears("pg_dump: finished item 12 TABLE DATA orders"), finished(1, Some(12)));
         assert_eq!(dump.hears("pg_dump: pg_dump: finished item 13 TABLE DATA a b"), finished(2, Some(13)));
         assert_eq!(dump.hears("pg_dump: finished item 14 SEQUENCE SET orders_id"), None);
+        // Lines of two processes in one another.
+        assert_eq!(dump.hears("pg_dump:pg_dump:  dumping contents of table \"public.orders\""), None);
+        assert_eq!(dump.hears(" finished item 15 TABLE DATA orders"), finished(0, Some(15)));
         let mut restore = Course::new(tables(), HashMap::from([(7, 0), (8, 1)]), 4);
         assert_eq!(restore.hears("pg_restore: finished item 8 TABLE DATA orders"), finished(1, Some(8)));
         assert_eq!(restore.hears("finished item 7 TABLE DATA orders"), finished(0, Some(7)));
