@@ -2,7 +2,7 @@
 //!
 //! An archive takes two ways: into it, and out of it. While it is written, a table is shown as `copying` with what pg_dump has
 //! read of it, also once it is in the archive: nothing of it is in the target. When it is restored, all begin at zero
-//! again. The counters of metrics only count what was sent to the target.
+//! again. Metrics count the two apart: `copy_*` is what was sent to the target.
 
 use std::sync::atomic::Ordering;
 
@@ -24,7 +24,9 @@ impl Telemetry {
         progress.set_state(TableState::Copying);
         let (before, rows) = (progress.bytes(), rows.max(progress.rows()));
         progress.set_counts(rows, bytes.max(before));
-        self.0.moved.fetch_add(bytes.saturating_sub(before), Ordering::Relaxed);
+        let more = bytes.saturating_sub(before);
+        self.0.moved.fetch_add(more, Ordering::Relaxed);
+        self.0.metrics.dump_bytes.inc_by(more);
     }
 
     /// A table is in the archive; `bytes` are what COPY printed of it. May be said again.

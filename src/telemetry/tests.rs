@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const NOW: i64 = 1_700_000_000_000_000;
 
 /// Every metric of the contract with its type and labels.
-const CONTRACT: [(&str, &str, &[&str]); 28] = [
+const CONTRACT: [(&str, &str, &[&str]); 29] = [
     ("pgtandem_build_info", "gauge", &["version"]),
     ("pgtandem_phase", "gauge", &["phase"]),
     ("pgtandem_ready", "gauge", &[]),
@@ -34,6 +34,7 @@ const CONTRACT: [(&str, &str, &[&str]); 28] = [
     ("pgtandem_copy_tables", "gauge", &["state"]),
     ("pgtandem_copy_rows_total", "counter", &["table"]),
     ("pgtandem_copy_bytes_total", "counter", &["table"]),
+    ("pgtandem_dump_bytes_total", "counter", &[]),
     ("pgtandem_copy_eta_seconds", "gauge", &[]),
     ("pgtandem_apply_transactions_total", "counter", &[]),
     ("pgtandem_apply_changes_total", "counter", &["op"]),
