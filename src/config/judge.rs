@@ -108,6 +108,7 @@ impl Judge<'_> {
         if max_bytes_per_second.is_some_and(|most| (1..64 << 10).contains(&most)) {
             self.problems.add("copy.max_bytes_per_second: must be 0, or at least 64KiB");
         }
+        let keep_archive = self.switch("copy.keep_archive");
         Some(Copy {
             method: method?,
             workers: workers?,
@@ -115,6 +116,7 @@ impl Judge<'_> {
             split_above: split_above?,
             first,
             max_bytes_per_second: max_bytes_per_second?,
+            keep_archive: keep_archive?,
         })
     }
 

@@ -76,6 +76,7 @@ pub const KEYS: &[Key] = &[
     key!("copy"."split_above", Text, Some("\"1GiB\""), "a larger table is copied in parts, by several workers, and a death loses only the parts in flight; at least 1MiB"),
     key!("copy"."first", List, Some("[]"), "patterns of tables that are copied before all others, in this order"),
     key!("copy"."max_bytes_per_second", Text, Some("\"0\""), "the copy reads no more than this from the source, in a second and all together; 64KiB and more, or 0: as fast as it goes"),
+    key!("copy"."keep_archive", Switch, Some("false"), "keep the archive of copy.method = \"dump\" once its rows are on the target"),
     key!("follow"."engine", Text, Some("\"stream\""), "who applies the changes: stream (pgtandem) or subscription (the target server)"),
     key!("follow"."workers", Number, Some("1"), "target connections that apply; 1 to 16"),
     key!("follow"."batch_max_delay", Text, Some("\"200ms\""), "a batch is committed at the latest after this; 1ms to 1m"),

@@ -178,6 +178,8 @@ pub struct Copy {
     pub first: Vec<TablePattern>,
     /// Of all workers together, as COPY writes rows; 0: no bound.
     pub max_bytes_per_second: u64,
+    /// Whether the archive of `copy.method = "dump"` stays once its rows are on the target.
+    pub keep_archive: bool,
 }
 
 /// `copy.method`

@@ -16,6 +16,8 @@ use crate::postgres::{QualifiedName, Server, Session, provider};
 
 /// How long pg_dump waits for a lock, in milliseconds. Waiting longer would queue the application behind it.
 const LOCK_WAIT_MILLIS: u32 = 5_000;
+/// What pg_dump's sessions on the source are called.
+pub(super) const DUMP: &str = "schema";
 /// How often it tries before the error is handed up.
 const LOCK_ATTEMPTS: u32 = 5;
 /// The schema of moves never travels, and neither do those of [`provider::SCHEMAS`].
@@ -93,7 +95,7 @@ async fn dump_schema(request: DumpRequest<'_>) -> Result<Archive> {
 /// A pg_dump of what is in scope; format and sections are the caller's.
 pub(super) fn pg_dump(request: DumpRequest<'_>, left_out: &LeftOut) -> Child {
     Child::new(request.programs.pg_dump())
-        .server(request.source, "schema")
+        .server(request.source, DUMP)
         .args(["--no-password", "--no-publications", "--no-subscriptions"])
         .arg(format!("--lock-wait-timeout={LOCK_WAIT_MILLIS}"))
         .args([OUR_SCHEMA].into_iter().chain(provider::SCHEMAS).map(|name| format!("--exclude-schema={name}")))
@@ -102,10 +104,15 @@ pub(super) fn pg_dump(request: DumpRequest<'_>, left_out: &LeftOut) -> Child {
 }
 
 /// Runs a pg_dump again when it could not get a lock in time.
-pub(super) async fn with_patience(child: impl Fn() -> Child) -> Result<()> {
+async fn with_patience(child: impl Fn() -> Child) -> Result<()> {
+    with_patience_for(child, |_| {}).await
+}
+
+/// The same; `on_line` sees what each attempt says.
+pub(super) async fn with_patience_for(child: impl Fn() -> Child, on_line: impl Fn(&str)) -> Result<()> {
     let mut attempt = 1;
     loop {
-        match child().run().await {
+        match child().run_watched(&on_line).await {
             Ok(_) => return Ok(()),
             Err(error) if error.code() == "lock_not_available" && attempt < LOCK_ATTEMPTS => attempt += 1,
             Err(error) => return Err(error),

@@ -29,7 +29,7 @@ mod restore;
 pub mod toc;
 
 pub use allowed::{DefaultPrivileges, OWNS_CATALOG, PROBE_EVENT_TRIGGER, Refusal, TargetRoles};
-pub use data::{DataArchive, Loading};
+pub use data::{DataArchive, Listeners, Loading};
 pub use dump::{Archive, DumpRequest, dump};
 pub use foreign_keys::ForeignKeys;
 pub use programs::Programs;

@@ -4,6 +4,7 @@
 //! that only the daemon that holds the move ([`Leadership`]) changes it: each write of data carries the daemon's
 //! epoch, and an older epoch changes nothing. Must never hold a password or the data of a row.
 
+mod archive;
 mod held_back;
 mod install;
 mod journal;

@@ -19,8 +19,9 @@ use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
 use crate::postgres::{Lsn, QualifiedName, Session};
-use crate::schema::{self, Archive, DataArchive, DumpRequest, ForeignKeys, Loading, Programs, Restorer};
+use crate::schema::{self, Archive, DataArchive, DumpRequest, ForeignKeys, Listeners, Loading, Programs, Restorer};
 use crate::state::{Phase, TableState};
+use crate::telemetry::Way;
 
 /// In bytes of WAL: a busy source is never at exactly zero.
 const NEARLY_NOTHING: u64 = 16 * 1024 * 1024;
@@ -112,19 +113,23 @@ impl<'a> Walk<'a> {
             return Ok(Some(End::Stopped));
         }
         // Tables that came to the move later are in no archive and in nobody's copy by hand.
-        if self.is_first_copy().await? {
+        let first = !self.has_followed().await?;
+        if first {
             match s.config.copy.method {
-                CopyMethod::Copy => {}
                 CopyMethod::Dump => {
                     if s.unless_stopped(self.copy_by_dump()).await?.is_none() {
                         return Ok(Some(End::Stopped));
                     }
                 }
-                CopyMethod::None => by_hand::accept(&s.store).await?,
+                CopyMethod::None if self.nothing_copied().await? => by_hand::accept(&s.store).await?,
+                CopyMethod::Copy | CopyMethod::None => {}
             }
         }
         if self.copy_rows().await? == copy::Outcome::Stopped {
             return Ok(Some(End::Stopped));
+        }
+        if first && s.config.copy.method == CopyMethod::Dump && !s.config.copy.keep_archive {
+            self.remove_archive().await?;
         }
         if s.unless_stopped(self.complete_tables()).await?.is_none() {
             return Ok(Some(End::Stopped));
@@ -178,6 +183,8 @@ impl<'a> Walk<'a> {
         if !self.pass_what_was_captured(&cancel).await? || s.unless_stopped(self.publish()).await?.is_none() {
             return Ok(copy::Outcome::Stopped);
         }
+        s.telemetry.copy_way(Way::Direct);
+        s.telemetry.activity("copying rows; keys and indexes are built after them, which takes its own time");
         let (exporter, cut) = self.cut(&cancel).await?;
         if !self.schema_stands_at(&cut, &cancel).await? {
             return Ok(copy::Outcome::Stopped);
@@ -326,36 +333,67 @@ impl<'a> Walk<'a> {
         Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state == TableState::Copied))
     }
 
-    /// Nothing is copied, and nothing was followed: what was dumped, or copied by hand, under the first cut is what the stream
+    /// Whether anything was followed. Until then, what was dumped, or copied by hand, under the first cut is what the stream
     /// goes on from.
-    async fn is_first_copy(&self) -> Result<bool> {
+    async fn has_followed(&self) -> Result<bool> {
         let s = self.supervisor;
         let progress = s.store.progress().await?.lsn;
-        let followed = s.record().await?.slot_lsn.is_some_and(|slot| progress > slot);
-        Ok(!followed && self.nothing_copied().await?)
+        Ok(s.record().await?.slot_lsn.is_some_and(|slot| progress > slot))
     }
 
     async fn nothing_copied(&self) -> Result<bool> {
         Ok(self.supervisor.store.tables().await?.iter().all(|table| table.state != TableState::Copied))
     }
 
-    /// `copy.method = "dump"`: the archive is complete or made, then restored.
+    /// `copy.method = "dump"`: the archive is complete or made, then restored, or what is left of it. Where it is gone and some
+    /// of its tables are on the target, the others are copied from the source, under another cut.
     async fn copy_by_dump(&mut self) -> Result<()> {
-        self.kit().await?;
         let s = self.supervisor;
+        let begun = !self.nothing_copied().await?;
+        if begun && (self.all_copied().await? || !DataArchive::default_folder(&s.config.name).exists()) {
+            return Ok(());
+        }
+        self.kit().await?;
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
-        let folder = DataArchive::default_folder(&s.config.name);
-        let record = s.record().await?;
-        let owner = format!("{} of {}", s.config.name, record.source_identity);
-        let mut archive = DataArchive::open(&folder, &s.config.name, &owner)?;
-        let complete = archive.cut()?;
-        if complete.is_none() || complete != record.last_cut_lsn {
+        let mut archive = self.archive().await?;
+        let holds = match s.record().await?.last_cut_lsn {
+            Some(cut) => archive.holds(cut)?,
+            None => false,
+        };
+        if !holds && begun {
+            tracing::warn!("the archive cannot be gone on with; tables that are not copied come from the source");
+            return Ok(());
+        }
+        if !holds {
             self.dump_rows(&mut archive, &kit.programs).await?;
         }
-        s.telemetry.activity(&format!("restoring rows from {}", folder.display()));
+        let folder = DataArchive::default_folder(&s.config.name);
+        s.telemetry.activity(&format!(
+            "restoring rows from {} (step 2 of 2); keys and indexes are built after them",
+            folder.display()
+        ));
         let (epoch, workers) = (self.epoch, s.config.copy.workers);
-        let loading = Loading { target: &s.target, store: &s.store, programs: &kit.programs, epoch, workers };
-        archive.restore(loading).await
+        let (target, store, programs, telemetry) = (&s.target, &s.store, &kit.programs, &s.telemetry);
+        archive.restore(Loading { target, store, programs, telemetry, epoch, workers }).await
+    }
+
+    async fn archive(&self) -> Result<DataArchive> {
+        let s = self.supervisor;
+        let owner = format!("{} of {}", s.config.name, s.record().await?.source_identity);
+        DataArchive::open(&DataArchive::default_folder(&s.config.name), &s.config.name, &owner)
+    }
+
+    /// The archive has done its work. One that cannot be removed is left to whoever reads the log.
+    async fn remove_archive(&self) -> Result<()> {
+        let folder = DataArchive::default_folder(&self.supervisor.config.name);
+        if !folder.exists() {
+            return Ok(());
+        }
+        match self.archive().await?.remove() {
+            Ok(()) => tracing::info!("removed the archive {}; copy.keep_archive would keep it", folder.display()),
+            Err(error) => tracing::warn!(code = error.code(), "{error}; remove it by hand: it holds all rows"),
+        }
+        Ok(())
     }
 
     async fn dump_rows(&self, archive: &mut DataArchive, programs: &Programs) -> Result<()> {
@@ -367,10 +405,11 @@ impl<'a> Walk<'a> {
         let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
         s.store.plan_tables(&sizes).await?;
         let folder = DataArchive::default_folder(&s.config.name);
-        s.telemetry.activity(&format!("dumping rows into {}", folder.display()));
+        s.telemetry.activity(&format!("dumping rows into {} (step 1 of 2)", folder.display()));
         let request =
             DumpRequest { source: &s.source, programs, scope: &s.config.scope, snapshot: Some(&cut.snapshot) };
-        archive.dump(request, cut.lsn, &tables, s.config.copy.workers).await?;
+        let listeners = Listeners { telemetry: &s.telemetry, store: &s.store };
+        archive.dump(request, cut.lsn, &tables, s.config.copy.workers, listeners).await?;
         exporter.close().await;
         Ok(())
     }

@@ -40,6 +40,7 @@ pub struct Metrics {
     pub(super) copy_tables: GaugeVec,
     pub(super) copy_rows: IntCounterVec,
     pub(super) copy_bytes: IntCounterVec,
+    pub(super) dump_bytes: IntCounter,
     pub(super) copy_eta: Optional,
     pub(super) transactions: IntCounter,
     pub(super) changes: IntCounterVec,
@@ -91,6 +92,8 @@ impl Metrics {
             copy_tables: make.gauges("copy_tables", "Tables of the move by the state of their copy", &["state"]),
             copy_rows: make.counters("copy_rows_total", "Rows sent to the target by the copy", &["table"]),
             copy_bytes: make.counters("copy_bytes_total", "Bytes sent to the target by the copy", &["table"]),
+            dump_bytes: make
+                .counter("dump_bytes_total", "Bytes of rows read into the archive of copy.method = \"dump\""),
             copy_eta: make.optional("copy_eta_seconds", "Estimated time until all rows are copied; absent if unknown"),
             transactions: make.counter("apply_transactions_total", "Source transactions applied to the target"),
             changes: make.counters("apply_changes_total", "Changes applied to the target", &["op"]),

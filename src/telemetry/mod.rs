@@ -4,6 +4,8 @@
 //! writes its log line and counts its metric in the same place, so that both always agree. No call blocks, waits or
 //! fails: seeing must never hold up moving. Nothing shown holds a password ([`redact`]) or the data of a row.
 
+mod archive;
+mod eta;
 pub mod http;
 pub mod lag;
 pub mod logs;
@@ -17,9 +19,10 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 mod text;
+mod wal;
 
 use std::fmt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,6 +33,7 @@ use crate::config::MoveName;
 use crate::error::{Class, Error, Result};
 use crate::postgres::{Lsn, QualifiedName, Side};
 use crate::state::{Phase, TableState};
+pub use eta::Way;
 use metrics::{LABELLED_TABLES, Metrics, OTHER_TABLES};
 pub use model::Recorded;
 use model::{CopySums, Model, Positions, TableProgress, Tables, sums, table_status};
@@ -45,6 +49,8 @@ struct Inner {
     metrics: Metrics,
     positions: Positions,
     tables: RwLock<Tables>,
+    /// Bytes of rows that this process moved, into an archive or into the target.
+    moved: AtomicU64,
     model: Mutex<Model>,
     scraped: watch::Sender<Option<Instant>>,
 }
@@ -104,6 +110,8 @@ pub struct SourceSample {
     pub retained_wal_bytes: Option<u64>,
     /// `safe_wal_size`; `None` without `max_slot_wal_keep_size`.
     pub safe_wal_bytes: Option<i64>,
+    /// `max_slot_wal_keep_size` in bytes; `None` where it is -1.
+    pub wal_limit_bytes: Option<u64>,
     /// `wal_status`: reserved, extended, unreserved, lost.
     pub wal_status: Option<String>,
     /// `pg_stat_replication.sent_lsn` of our walsender.
@@ -119,7 +127,11 @@ pub struct Overview {
     pub activity: Option<String>,
     /// All tables together.
     pub copy: CopyStatus,
-    /// Bytes that COPY will still print, as far as the finished tables tell.
+    /// How the rows travel.
+    pub way: Way,
+    /// Tables whose rows are in the archive.
+    pub tables_dumped: u64,
+    /// Bytes that COPY will still print on this way, as far as the finished tables tell.
     pub copy_bytes_left: u64,
     /// Tables whose rows are on their way, with the source's size of each.
     pub in_flight: Vec<(TableStatus, u64)>,
@@ -143,6 +155,7 @@ impl Telemetry {
             metrics: Metrics::new(),
             positions: Positions::default(),
             tables: RwLock::default(),
+            moved: AtomicU64::new(0),
             model: Mutex::default(),
             scraped: watch::Sender::default(),
         }))
@@ -151,9 +164,7 @@ impl Telemetry {
     /// What the state in the target already knows, reported once when a daemon takes the move: phase and since when,
     /// tables, progress, totals, the last cutover.
     pub fn resumed(&self, recorded: &Recorded) {
-        for table in &recorded.tables {
-            self.set_table(&table.name, table.state, table.rows, table.bytes, table.bytes_total);
-        }
+        self.tables_recorded(&recorded.tables);
         let progress = &recorded.progress;
         if progress.lsn > Lsn::ZERO {
             self.0.positions.set_applied(progress.lsn, progress.commit_micros);
@@ -228,6 +239,7 @@ impl Telemetry {
     /// Rows and bytes of a table were sent to the target since the last report.
     pub fn copy_advanced(&self, table: &QualifiedName, rows: u64, bytes: u64) {
         self.table(table).advance(rows, bytes);
+        self.0.moved.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// What the daemon does next to copying rows ("building indexes", "gathering statistics"), for bars and log.
@@ -295,12 +307,21 @@ impl Telemetry {
         let transactions = self.0.metrics.transactions.get();
         let mut model = self.model();
         self.0.positions.set_clock(sample.now_micros);
+        model.wal.observe(now, &sample, sums.bytes_total);
         model.sampled(sample, now);
         if let Some(applied) = self.0.positions.applied() {
             model.lag.reached(applied);
         }
-        model.copy_rate.observe(now, sums.bytes);
+        self.observe_pace(&mut model, now);
         model.apply_rate.observe(now, transactions);
+    }
+
+    /// Logs what became of the WAL that the slot keeps, once for each step on the way to trouble.
+    pub fn warn_of_wal(&self) {
+        let news = self.model().wal.news();
+        if let Some(Problem { code, message, hint }) = news {
+            warn!(code, hint, "{message}");
+        }
     }
 
     /// The source does not answer; until it does, nothing is known of it.
@@ -432,13 +453,14 @@ impl Telemetry {
                 progress_lsn: self.0.positions.applied().map(|lsn| lsn.to_string()),
             },
             lag: model.lag(&self.0.positions),
-            copy: sums.status(&model.copy_rate),
+            copy: sums.status(&model.copy_pace),
             tables,
             apply: ApplyStatus { transactions: model.base.0 + applied.0, changes: model.base.1 + applied.1 },
             ready: readiness.is_ok(),
             blockers: model.all_blockers(),
             cutover: model.cutover.clone(),
             error: model.error.clone(),
+            warnings: model.warnings(),
             not_ready_because: readiness.err(),
             daemon: true,
             activity: model.activity.clone(),
@@ -457,8 +479,10 @@ impl Telemetry {
         Overview {
             phase: model.phase,
             activity: model.activity.clone(),
-            copy: sums.status(&model.copy_rate),
-            copy_bytes_left: sums.bytes_left,
+            copy: sums.status(&model.copy_pace),
+            way: model.way,
+            tables_dumped: sums.dumped,
+            copy_bytes_left: sums.left.now,
             in_flight,
             lag: model.lag(&self.0.positions),
             transactions_per_second: model.apply_rate.per_second(),
@@ -476,7 +500,7 @@ impl Telemetry {
             metrics::set(&metrics.copy_tables, state.as_str(), count as f64);
         }
         let mut model = self.model();
-        let eta = sums.status(&model.copy_rate).eta_seconds;
+        let eta = sums.status(&model.copy_pace).eta_seconds;
         metrics.copy_eta.set(eta.map(|seconds| seconds as f64));
         let ready = model.readiness(&self.0.positions, self.0.max_lag).is_ok();
         model.show(metrics, &self.0.positions, ready);
@@ -490,13 +514,21 @@ impl Telemetry {
         let transactions = self.0.metrics.transactions.get();
         let now = Instant::now();
         let mut model = self.model();
-        model.copy_rate.observe(now, sums.bytes);
+        self.observe_pace(&mut model, now);
         model.apply_rate.observe(now, transactions);
         sums
     }
 
+    /// Outside the copy nothing moves, and that says nothing about its speed.
+    fn observe_pace(&self, model: &mut Model, now: Instant) {
+        if model.phase == Phase::Copy {
+            model.copy_pace.observe(now, self.0.moved.load(Ordering::Relaxed));
+        }
+    }
+
     fn sums(&self) -> CopySums {
-        self.read_tables(|tables| sums(tables.values().map(AsRef::as_ref)))
+        let way = self.model().way;
+        self.read_tables(|tables| sums(tables.values().map(AsRef::as_ref), way))
     }
 
     /// Transactions and changes applied by this process.
@@ -515,6 +547,8 @@ impl Telemetry {
         progress.set_state(state);
         progress.set_counts(rows, bytes);
         progress.bytes_total.store(bytes_total, Ordering::Relaxed);
+        progress.dumped.store(false, Ordering::Relaxed);
+        progress.printed.store(0, Ordering::Relaxed);
     }
 
     /// The progress of a table, made at its first report.

@@ -4,16 +4,18 @@
 //! the one of `status` by [`Recorded`]; everything shown is derived here, so that all ways of looking agree.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 
+use super::eta::{self, Pace, Way};
 use super::lag::{self, LagHistory};
 use super::metrics::{self, Metrics, WAL_STATUS};
 use super::rate::Rate;
 use super::redact::shown;
 use super::status::{CopyStatus, CutoverStatus, LagStatus, Problem, SlotStatus, SourceStatus, StepStatus, TableStatus};
+use super::wal::Watch;
 use super::{Blocker, SourceSample};
 use crate::error::{Error, Result};
 use crate::postgres::{Lsn, QualifiedName};
@@ -69,8 +71,13 @@ pub(super) struct Model {
     /// The text of the error that was logged last, so that one error is one line.
     pub(super) logged: Option<String>,
     pub(super) cutover: CutoverStatus,
-    pub(super) copy_rate: Rate,
+    pub(super) way: Way,
+    /// Of what this process moved.
+    pub(super) copy_pace: Pace,
     pub(super) apply_rate: Rate,
+    /// Whether the state was read before.
+    pub(super) resumed: bool,
+    pub(super) wal: Watch,
     codes: BTreeSet<String>,
 }
 
@@ -88,8 +95,11 @@ impl Default for Model {
             error: None,
             logged: None,
             cutover: CutoverStatus::default(),
-            copy_rate: Rate::default(),
+            way: Way::default(),
+            copy_pace: Pace::default(),
             apply_rate: Rate::default(),
+            resumed: false,
+            wal: Watch::default(),
             codes: BTreeSet::new(),
         }
     }
@@ -156,6 +166,11 @@ impl Model {
             all.push(problem);
         }
         all
+    }
+
+    /// What may become a reason to act, and blocks nothing.
+    pub(super) fn warnings(&self) -> Vec<Problem> {
+        self.fresh().and_then(|_| self.wal.risk()).cloned().into_iter().collect()
     }
 
     fn slot_problem(&self) -> Option<Problem> {
@@ -359,6 +374,10 @@ pub(super) struct TableProgress {
     pub(super) rows: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) bytes_total: AtomicU64,
+    /// Its rows are in the archive.
+    pub(super) dumped: AtomicBool,
+    /// All that COPY prints of it; 0: not known.
+    pub(super) printed: AtomicU64,
     pub(super) rows_counter: Option<IntCounter>,
     pub(super) bytes_counter: Option<IntCounter>,
     /// The value of the label `table`.
@@ -373,6 +392,8 @@ impl TableProgress {
             rows: zero(),
             bytes: zero(),
             bytes_total: zero(),
+            dumped: AtomicBool::new(false),
+            printed: zero(),
             rows_counter,
             bytes_counter,
             label,
@@ -419,36 +440,42 @@ impl TableProgress {
     pub(super) fn total(&self) -> u64 {
         self.bytes_total.load(Ordering::Relaxed)
     }
+
+    /// What the estimate asks of it.
+    fn for_estimate(&self) -> eta::Table {
+        eta::Table {
+            copied: self.state() == TableState::Copied,
+            dumped: self.dumped.load(Ordering::Relaxed),
+            bytes: self.bytes(),
+            total: self.total(),
+            printed: Some(self.printed.load(Ordering::Relaxed)).filter(|printed| *printed > 0),
+        }
+    }
 }
 
-/// Sums over the tables, with the bytes that COPY will still print as far as the finished tables tell.
+/// Sums over the tables, with the bytes that COPY will still print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct CopySums {
     pub(super) by_state: [u64; TableState::ALL.len()],
+    pub(super) dumped: u64,
     pub(super) rows: u64,
     pub(super) bytes: u64,
     pub(super) bytes_total: u64,
-    pub(super) bytes_left: u64,
+    pub(super) left: eta::Left,
 }
 
-/// Rows shrink or grow when COPY prints them; the finished tables tell by how much.
-pub(super) fn sums<'a>(tables: impl Iterator<Item = &'a TableProgress> + Clone) -> CopySums {
-    let copied = tables.clone().filter(|table| table.state() == TableState::Copied);
-    let (printed, stored) = copied.fold((0u64, 0u64), |(p, s), table| (p + table.bytes(), s + table.total()));
-    let ratio = if printed > 0 && stored > 0 { printed as f64 / stored as f64 } else { 1.0 };
-    let mut sums = CopySums::default();
+pub(super) fn sums<'a>(tables: impl Iterator<Item = &'a TableProgress> + Clone, way: Way) -> CopySums {
+    let mut sums =
+        CopySums { left: eta::left(tables.clone().map(TableProgress::for_estimate), way), ..CopySums::default() };
     for table in tables {
         let state = table.state();
         if let Some(count) = TableState::ALL.iter().position(|s| *s == state).and_then(|at| sums.by_state.get_mut(at)) {
             *count += 1;
         }
+        sums.dumped += u64::from(table.dumped.load(Ordering::Relaxed));
         sums.rows += table.rows();
         sums.bytes += table.bytes();
         sums.bytes_total += table.total();
-        if state != TableState::Copied {
-            let expected = (table.total() as f64 * ratio) as u64;
-            sums.bytes_left += expected.saturating_sub(table.bytes());
-        }
     }
     sums
 }
@@ -462,7 +489,7 @@ impl CopySums {
         self.by_state.last().copied().unwrap_or(0)
     }
 
-    pub(super) fn status(&self, rate: &Rate) -> CopyStatus {
+    pub(super) fn status(&self, pace: &Pace) -> CopyStatus {
         let finished = self.copied() == self.tables();
         CopyStatus {
             tables_total: self.tables(),
@@ -470,7 +497,7 @@ impl CopySums {
             bytes_total: self.bytes_total,
             bytes_done: self.bytes,
             rows_done: self.rows,
-            eta_seconds: if finished { None } else { rate.seconds_for(self.bytes_left).map(|s| s.round() as u64) },
+            eta_seconds: if finished { None } else { pace.seconds_for(self.left.all).map(|s| s.round() as u64) },
         }
     }
 }

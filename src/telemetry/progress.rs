@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::text::{bytes, count, duration};
-use super::{Overview, Telemetry};
+use super::{Overview, Telemetry, Way};
 use crate::state::Phase;
 
 const REDRAW_EVERY: Duration = Duration::from_millis(250);
@@ -111,9 +111,14 @@ fn log_line(overview: &Overview, last: &mut String) {
 fn copy_line(overview: &Overview) -> String {
     let copy = &overview.copy;
     let eta = copy.eta_seconds.map(|eta| format!(", about {} left", duration(eta as f64))).unwrap_or_default();
+    let (done, tables) = match overview.way {
+        Way::Direct => ("copied", copy.tables_done),
+        Way::Dump => ("dumped", overview.tables_dumped),
+        Way::Restore => ("restored", copy.tables_done),
+    };
     format!(
-        "copied {} of {} tables, {} rows, {}{eta}",
-        count(copy.tables_done),
+        "{done} {} of {} tables, {} rows, {}{eta}",
+        count(tables),
         count(copy.tables_total),
         count(copy.rows_done),
         bytes(copy.bytes_done)

@@ -36,15 +36,6 @@ impl Rate {
         let span = last_at.saturating_duration_since(*first_at);
         (span >= LEAST).then(|| last.saturating_sub(*first) as f64 / span.as_secs_f64())
     }
-
-    /// Seconds until `left` more units have come at this rate; `None` while the rate is unknown or zero.
-    #[must_use]
-    pub fn seconds_for(&self, left: u64) -> Option<f64> {
-        if left == 0 {
-            return Some(0.0);
-        }
-        self.per_second().filter(|rate| *rate > 0.0).map(|rate| left as f64 / rate)
-    }
 }
 
 #[cfg(test)]
@@ -65,14 +56,6 @@ mod tests {
         assert_eq!(observed(&[(0, 0), (1, 100)]).per_second(), None);
         assert_eq!(observed(&[(0, 0), (1, 100), (2, 200)]).per_second(), Some(100.0));
         assert_eq!(observed(&[(0, 0), (1, 10_000), (31, 10_000), (34, 10_000)]).per_second(), Some(0.0));
-    }
-
-    #[test]
-    fn what_is_left_takes_its_time_at_the_rate() {
-        let rate = observed(&[(0, 0), (10, 1000)]);
-        assert_eq!(rate.seconds_for(500), Some(5.0));
-        assert_eq!(rate.seconds_for(0), Some(0.0));
-        assert_eq!(observed(&[(0, 5), (10, 5)]).seconds_for(1), None);
     }
 
     #[test]

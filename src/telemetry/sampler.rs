@@ -29,7 +29,8 @@ const SAMPLE: &str = r"
            GREATEST(pg_catalog.pg_wal_lsn_diff(head.lsn, slot.restart_lsn), 0)::int8,
            slot.safe_wal_size,
            slot.wal_status,
-           sender.sent_lsn::text
+           sender.sent_lsn::text,
+           pg_catalog.pg_size_bytes(pg_catalog.current_setting('max_slot_wal_keep_size'))
     FROM (SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
                       ELSE pg_catalog.pg_current_wal_lsn() END AS lsn) head
     LEFT JOIN pg_catalog.pg_replication_slots slot ON slot.slot_name = $1
@@ -82,6 +83,8 @@ async fn ask(session: &Session, slot: &str) -> Result<SourceSample> {
         safe_wal_bytes: row.try_get(6)?,
         wal_status: row.try_get(7)?,
         sent: position(row.try_get(8)?)?,
+        // -1 is no limit.
+        wal_limit_bytes: row.try_get::<_, Option<i64>>(9)?.and_then(|bytes| u64::try_from(bytes).ok()),
     })
 }
 
@@ -119,6 +122,7 @@ async fn watch(mut source: Source, telemetry: &Telemetry) -> std::convert::Infal
         match source.sample().await {
             Ok(sample) => {
                 telemetry.source(sample);
+                telemetry.warn_of_wal();
                 (failing, wait) = (false, EVERY);
             }
             Err(error) if failing => {

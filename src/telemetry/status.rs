@@ -49,6 +49,8 @@ pub struct Status {
     pub cutover: CutoverStatus,
     /// The error that the move stands on.
     pub error: Option<Problem>,
+    /// What may become a reason to act, and blocks nothing yet.
+    pub warnings: Vec<Problem>,
     /// Why `ready` is false, in a sentence.
     #[serde(skip)]
     pub not_ready_because: Option<String>,
@@ -113,7 +115,7 @@ pub struct CopyStatus {
     pub tables_done: u64,
     /// The source's size of them.
     pub bytes_total: u64,
-    /// As COPY printed them.
+    /// As COPY printed them: into the target, or while an archive is written, into that.
     pub bytes_done: u64,
     /// Rows sent.
     pub rows_done: u64,
@@ -145,7 +147,7 @@ pub struct ApplyStatus {
     pub changes: u64,
 }
 
-/// A blocker or an error.
+/// A blocker, an error or a warning.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// Stable snake_case word.

@@ -19,7 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const NOW: i64 = 1_700_000_000_000_000;
 
 /// Every metric of the contract with its type and labels.
-const CONTRACT: [(&str, &str, &[&str]); 28] = [
+const CONTRACT: [(&str, &str, &[&str]); 29] = [
     ("pgtandem_build_info", "gauge", &["version"]),
     ("pgtandem_phase", "gauge", &["phase"]),
     ("pgtandem_ready", "gauge", &[]),
@@ -34,6 +34,7 @@ const CONTRACT: [(&str, &str, &[&str]); 28] = [
     ("pgtandem_copy_tables", "gauge", &["state"]),
     ("pgtandem_copy_rows_total", "counter", &["table"]),
     ("pgtandem_copy_bytes_total", "counter", &["table"]),
+    ("pgtandem_dump_bytes_total", "counter", &[]),
     ("pgtandem_copy_eta_seconds", "gauge", &[]),
     ("pgtandem_apply_transactions_total", "counter", &[]),
     ("pgtandem_apply_changes_total", "counter", &["op"]),
@@ -64,6 +65,7 @@ fn sample() -> SourceSample {
         confirmed: Some(Lsn::new(0x1000)),
         retained_wal_bytes: Some(4096),
         safe_wal_bytes: Some(1 << 30),
+        wal_limit_bytes: Some(1 << 30),
         wal_status: Some("reserved".into()),
         sent: Some(Lsn::new(0x1f00)),
     }
@@ -124,10 +126,10 @@ fn every_metric_of_the_contract_is_there_with_its_type_and_labels() {
     let telemetry = eventful();
     // An estimate needs some seconds of history: those are made up.
     let start = Instant::now();
-    let mut rate = rate::Rate::default();
-    rate.observe(start, 0);
-    rate.observe(start + Duration::from_secs(5), 250);
-    telemetry.model().copy_rate = rate;
+    let mut pace = eta::Pace::default();
+    pace.observe(start, 0);
+    pace.observe(start + Duration::from_secs(5), 250);
+    telemetry.model().copy_pace = pace;
     let text = telemetry.metrics_text().unwrap();
     for (name, kind, labels) in CONTRACT {
         assert!(text.contains(&format!("# TYPE {name} {kind}\n")), "{name} is no {kind}:\n{text}");
@@ -230,7 +232,7 @@ fn the_status_document_is_the_one_of_the_contract() {
         r#""blockers":[{"code":"prepared_transaction","message":"one is open","hint":"end it"}],"#,
         r#""cutover":{"state":"preparing","steps":[{"name":"fence","state":"done","seconds":0.25},"#,
         r#"{"name":"drain","state":"running","seconds":null}],"write_pause_seconds":0.42},"#,
-        r#""error":{"code":"disk_full","message":"no space","hint":"make room"}}"#
+        r#""error":{"code":"disk_full","message":"no space","hint":"make room"},"warnings":[]}"#
     );
     assert_eq!(status.to_json().unwrap(), expected);
 }
@@ -242,7 +244,7 @@ fn an_unknown_move_is_all_nulls_and_zeros() {
         r#""target":{"version":null,"progress_lsn":null},"lag":{"bytes":null,"seconds":null},"#,
         r#""copy":{"tables_total":0,"tables_done":0,"bytes_total":0,"bytes_done":0,"rows_done":0,"eta_seconds":null},"#,
         r#""tables":[],"apply":{"transactions":0,"changes":0},"ready":false,"blockers":[],"#,
-        r#""cutover":{"state":null,"steps":[],"write_pause_seconds":null},"error":null}"#
+        r#""cutover":{"state":null,"steps":[],"write_pause_seconds":null},"error":null,"warnings":[]}"#
     );
     assert_eq!(app().status().to_json().unwrap(), expected);
 }

@@ -145,6 +145,9 @@ impl Page {
         for blocker in &status.blockers {
             self.problem(Ink::Warn, "blocked", blocker);
         }
+        for warning in &status.warnings {
+            self.problem(Ink::Warn, "warning", warning);
+        }
         if let Some(error) = &status.error {
             self.problem(Ink::Bad, "error", error);
         }

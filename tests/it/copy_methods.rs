@@ -60,7 +60,8 @@ impl Sides {
 
 #[tokio::test]
 async fn a_table_that_is_new_while_following_does_not_bring_the_archive_back() {
-    let sides = Sides::with(CONTENT, "dump").await;
+    let mut sides = Sides::with(CONTENT, "dump").await;
+    sides.pgtandem = sides.pgtandem.env("PGTANDEM_COPY_KEEP_ARCHIVE", "true");
     sides.a_table_is_added_while(sides.pgtandem.spawn(&["run"])).await;
     assert!(sides.folder.path().join("pgtandem-app.dump/rows").is_dir(), "the archive is there");
     sides.it_arrives_whole().await;
@@ -141,7 +142,8 @@ async fn an_archive_is_not_loaded_over_rows_of_someone_else() {
 /// A rehearsal leaves its archive behind, with rows of that day.
 #[tokio::test]
 async fn the_archive_of_a_rehearsal_is_not_taken_for_the_move() {
-    let sides = Sides::with(CONTENT, "dump").await;
+    let mut sides = Sides::with(CONTENT, "dump").await;
+    sides.pgtandem = sides.pgtandem.env("PGTANDEM_COPY_KEEP_ARCHIVE", "true");
     let rehearsal = sides.pgtandem.run(&["run", "--until", "copy"]).await;
     assert_eq!(rehearsal.code, Some(0), "{rehearsal}");
     assert_eq!(sides.pgtandem.run(&["clean", "--yes"]).await.code, Some(0));

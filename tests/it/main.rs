@@ -6,6 +6,7 @@
 mod harness;
 
 mod applying;
+mod archive;
 mod clean;
 mod command_line;
 mod connecting;
@@ -31,5 +32,6 @@ mod streamed;
 mod subscription;
 mod telemetry;
 mod unkeyed;
+mod wal;
 mod wire;
 mod workers;

@@ -427,6 +427,7 @@ fn config() -> Config {
             split_above: 1 << 30,
             first: Vec::new(),
             max_bytes_per_second: 0,
+            keep_archive: false,
         },
         follow: Follow {
             engine: Engine::Stream,

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use pgtandem::config::{MoveName, Scope, TablePattern};
 use pgtandem::postgres::{Ambient, ConnInfo, Lsn, Server, Side, catalog};
-use pgtandem::schema::{Archive, DataArchive, DumpRequest, Loading, Programs, Restorer, can_set_replica_role, dump};
+use pgtandem::schema::{
+    Archive, DataArchive, DumpRequest, Listeners, Loading, Programs, Restorer, can_set_replica_role, dump,
+};
 use pgtandem::state::Store;
 use pgtandem::telemetry::Telemetry;
 
@@ -68,11 +70,12 @@ impl Sides {
         let snapshot: String = session.query_one("SELECT pg_export_snapshot()", &[]).await.unwrap().get(0);
         let cut = Lsn::new(42);
         let mut archive = DataArchive::open(folder.path(), self.store.name(), "here").unwrap();
-        archive.dump(self.request(Some(&snapshot)), cut, &tables, TWO).await.unwrap();
+        let listeners = Listeners { telemetry: &self.telemetry, store: &self.store };
+        archive.dump(self.request(Some(&snapshot)), cut, &tables, TWO, listeners).await.unwrap();
         let archive = DataArchive::open(folder.path(), self.store.name(), "here").unwrap();
         assert_eq!(archive.cut().unwrap(), Some(cut));
-        let Self { target, store, programs, .. } = self;
-        let loading = Loading { target, store, programs, epoch: 0, workers: TWO };
+        let Self { target, store, programs, telemetry, .. } = self;
+        let loading = Loading { target, store, programs, telemetry, epoch: 0, workers: TWO };
         archive.restore(loading).await.unwrap();
         // As a death between the rows and the word that they are copied leaves it.
         self.databases.1.execute("UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL").await;
