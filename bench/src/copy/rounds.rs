@@ -39,8 +39,10 @@ pub(crate) async fn play(
     let &first = contenders.first().with_context(|| format!("{name}: nobody takes part"))?;
     let ground = Ground::prepare(dataset, options, copy, programs, peers, pair).await?;
     // The target's server has written as much log once before anybody is measured: writing it anew, the files are there already.
-    let warm_up = trial::play(&ground, first).await.with_context(|| format!("{name}: warming up"))?;
-    say(format!("{name}: not counted: {}", warm_up.line()));
+    if dataset.is_warmed_up() {
+        let warm_up = trial::play(&ground, first).await.with_context(|| format!("{name}: warming up"))?;
+        say(format!("{name}: not counted: {}", warm_up.line()));
+    }
 
     let mut trials: Vec<Trial> = Vec::new();
     for round in 0..options.rounds as usize {

@@ -22,7 +22,7 @@ pub(crate) enum Contender {
     PipePlain,
     /// pg_dump -Fd -j, then pg_restore -j
     Directory,
-    /// The same without compression; only if it is named
+    /// The same without compression
     DirectoryPlain,
     /// pgcopydb clone, as Debian has it
     Pgcopydb,
@@ -74,7 +74,7 @@ impl Contender {
 
     /// Whether it takes part only where it is asked for by its name.
     pub(crate) fn only_if_named(self) -> bool {
-        matches!(self, Self::PipePlain | Self::DirectoryPlain | Self::PgcopydbSplit)
+        matches!(self, Self::PipePlain | Self::PgcopydbSplit)
     }
 
     /// Whether this machine has it.

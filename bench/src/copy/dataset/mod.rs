@@ -74,6 +74,11 @@ impl Dataset {
         }
     }
 
+    /// Whether one copy goes before that is not counted. Where planning is what counts, how the log is written does not.
+    pub(crate) fn is_warmed_up(self) -> bool {
+        self != Self::Many
+    }
+
     /// Whether pgbench works on the source meanwhile.
     pub(crate) fn is_busy(self) -> bool {
         self == Self::Busy
