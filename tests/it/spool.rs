@@ -215,7 +215,17 @@ async fn a_death_during_the_copy_loses_and_doubles_nothing() {
 
 #[tokio::test]
 async fn a_death_while_the_spool_is_played_loses_and_doubles_nothing() {
-    let stage = Stage::new((15, 16)).await;
+    deaths_while_it_is_played((15, 16), "1").await;
+}
+
+#[tokio::test]
+async fn a_death_while_several_workers_play_it_loses_and_doubles_nothing() {
+    deaths_while_it_is_played((18, 18), "3").await;
+}
+
+async fn deaths_while_it_is_played(versions: (u16, u16), workers: &str) {
+    let mut stage = Stage::new(versions).await;
+    stage.pgtandem = stage.pgtandem.clone().env("PGTANDEM_FOLLOW_WORKERS", workers);
     let mut daemon = stage.held_in_the_copy().await;
     for _ in 0..3 {
         stage.change().await;
@@ -240,6 +250,22 @@ async fn a_death_while_the_spool_is_played_loses_and_doubles_nothing() {
     .await;
     daemon.kill();
     stage.ends(stage.pgtandem.spawn(&["run"])).await;
+}
+
+#[tokio::test]
+async fn changes_are_kept_while_an_archive_is_restored() {
+    let mut stage = Stage::new((16, 18)).await;
+    stage.pgtandem = stage.pgtandem.clone().env("PGTANDEM_COPY_METHOD", "dump").working_in(stage.folder.path());
+    let daemon = stage.held_in_the_copy().await;
+    stage.change().await;
+    stage.all_is_confirmed().await;
+    daemon.kill();
+    stage.change().await;
+    let daemon = stage.held_in_the_copy().await;
+    stage.all_is_confirmed().await;
+    assert_eq!(stage.phase().await, "copy");
+    stage.let_the_copy_go_on().await;
+    stage.ends(daemon).await;
 }
 
 #[tokio::test]

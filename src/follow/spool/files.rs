@@ -371,7 +371,7 @@ pub(super) const SPOOL_UNUSABLE: &str = "spool_unusable";
 /// The disk does not let us work there. What is full may have room later.
 pub(super) fn unusable(folder: &Path, error: &io::Error) -> Error {
     let is_full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    let class = if is_full { Class::Wait } else { Class::Operator };
-    Error::new(class, SPOOL_UNUSABLE, format!("the spool's folder {} cannot be used: {error}", folder.display()))
+    let (class, code) = if is_full { (Class::Wait, "spool_unusable") } else { (Class::Operator, "spool_unusable") };
+    Error::new(class, code, format!("the spool's folder {} cannot be used: {error}", folder.display()))
         .hint("make it writable for the daemon and give it room, or name another one with follow.spool")
 }

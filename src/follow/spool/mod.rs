@@ -39,7 +39,7 @@
 //! One whose log ends before the spool does is another history, and refused as one that ends before progress.
 //!
 //! *The folder is lost, or the daemon starts elsewhere, or without the setting:* the slot stands beyond progress and nothing
-//! here holds what is between. That is refused ([`SPOOL_LOST`], `slot_advanced`), never passed over.
+//! here holds what is between. That is refused (`spool_lost`, `slot_advanced`), never passed over.
 //!
 //! *The slot is made again* (a start that died before it could write its first cut down; `clean` and a new beginning): the
 //! folder's note names the position at which the slot was made. What another slot sent is not read, and removed.
@@ -81,9 +81,6 @@ use crate::error::{Class, Error, Result};
 use crate::postgres::{Lsn, Server};
 use crate::state::{MoveRecord, Store};
 use crate::telemetry::Telemetry;
-
-/// The code of the error that says that the slot was confirmed beyond what target and spool hold.
-pub const SPOOL_LOST: &str = "spool_lost";
 
 /// The spool of a move, and whoever fills it. Cheap to clone; all clones are one.
 #[derive(Clone)]
@@ -152,7 +149,7 @@ impl Spooling {
     /// target and the spool hold. The connections'.
     pub async fn begin(&self, Source { source, store, publications }: Source<'_>) -> Result<()> {
         let mut work = self.0.work.lock().await;
-        if work.is_filling() {
+        if work.goes_on().await {
             return Ok(());
         }
         let Some(record) = store.find().await?.filter(|record| record.slot_lsn.is_some()) else { return Ok(()) };
@@ -188,9 +185,10 @@ impl Spooling {
         progress: Lsn,
     ) -> Result<(i32, Option<Arc<Spool>>)> {
         let mut work = self.0.work.lock().await;
+        let goes_on = work.goes_on().await;
         let (version, spool) = self.look(&mut work, slot, record, progress).await?;
         let Some(spool) = spool else { return Ok((version, None)) };
-        if work.is_filling() {
+        if goes_on {
             return Ok((version, Some(spool)));
         }
         if !spool.holds_from(progress) {
@@ -250,7 +248,8 @@ impl Spooling {
         !work.is_filling() && work.spool.as_ref().is_none_or(|spool| spool.end() <= progress)
     }
 
-    /// Whether the spool holds what the target does not, or is being filled.
+    /// Whether the spool holds what the target does not, or is being filled. If neither, nothing of it is left. Not to be asked while its
+    /// end is read.
     ///
     /// # Errors
     /// As [`Spooling::begin`].
@@ -264,7 +263,11 @@ impl Spooling {
         }
         let Some(record) = store.find().await? else { return Ok(false) };
         let Some(spool) = self.open(&mut work, &record, false).await? else { return Ok(false) };
-        Ok(spool.end() > store.progress().await?.lsn)
+        let is_ahead = spool.end() > store.progress().await?.lsn;
+        if !is_ahead {
+            spool.empty();
+        }
+        Ok(is_ahead)
     }
 
     /// Ends the filling, and waits for that; the connection to the slot is closed then. What is durable stays. Cancellation safe.
@@ -311,8 +314,14 @@ impl Spooling {
 
     /// The slot must not stand beyond what we hold. Returns the source's `server_version_num`.
     async fn check(&self, slot: &Slot, spool: Option<&Spool>, progress: Lsn) -> Result<i32> {
-        let held = spool.filter(|spool| spool.holds_from(progress)).map_or(progress, Spool::end);
-        let checked = slot.check(held).await;
+        let held = || spool.filter(|spool| spool.holds_from(progress)).map_or(progress, Spool::end);
+        let mut before = held();
+        let mut checked = slot.check(before).await;
+        // Whoever fills it goes on, and may have confirmed more while we asked.
+        while checked.is_err() && held() > before {
+            before = held();
+            checked = slot.check(before).await;
+        }
         let (Some(folder), Err(error)) = (&self.0.folder, &checked) else { return checked };
         if error.code() != "slot_advanced" {
             return checked;
@@ -352,11 +361,13 @@ impl Spooling {
         *self.0.failure.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let stop = CancellationToken::new();
         let ended = CancellationToken::new();
-        let (error, count, over) = (Arc::clone(&self.0.failure.error), self.0.failure.count.clone(), ended.clone());
+        let (error, count, over) =
+            (Arc::clone(&self.0.failure.error), self.0.failure.count.clone(), ended.clone().drop_guard());
         let said = move |outcome: Result<()>| {
             *error.lock().unwrap_or_else(PoisonError::into_inner) = outcome.err();
             count.send_modify(|count| *count += 1);
-            over.cancel();
+            // Also where it is not said, because the task fell.
+            drop(over);
         };
         let telemetry = self.0.telemetry.clone();
         Spooler { spool, most: self.0.most, opening, telemetry }.start(stop.clone(), said)?;
@@ -366,6 +377,18 @@ impl Spooling {
 }
 
 impl Work {
+    /// Whether it is filled and goes on. One that was told to stop is waited for: whoever told it may have gone since.
+    async fn goes_on(&mut self) -> bool {
+        if let Some(filling) = &self.filling
+            && filling.stop.is_cancelled()
+        {
+            filling.ended.cancelled().await;
+            self.filling = None;
+        }
+        self.is_filling()
+    }
+
+    /// Whether somebody works at it.
     fn is_filling(&self) -> bool {
         self.filling.as_ref().is_some_and(|filling| !filling.ended.is_cancelled())
     }

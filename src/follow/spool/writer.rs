@@ -245,6 +245,6 @@ fn refused(spool: &Spool, error: &io::Error) -> Error {
 
 fn full(spool: &Spool) -> Error {
     let folder = spool.folder().display();
-    Error::new(Class::Wait, SPOOL_FULL, format!("the spool {folder} holds as much as follow.spool_max_bytes allows"))
+    Error::new(Class::Wait, "spool_full", format!("the spool {folder} holds as much as follow.spool_max_bytes allows"))
         .hint("nothing is lost: the source keeps its WAL from there on. If the folder has more room, raise follow.spool_max_bytes")
 }
