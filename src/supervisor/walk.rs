@@ -659,6 +659,11 @@ impl<'a> Walk<'a> {
         if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
             tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
         }
+        // It was read to its end; what is left are its note and its lock.
+        s.spooling.close().await;
+        if let Err(error) = spool::clean(s.config) {
+            tracing::warn!(%error, "the spool's folder could not be removed; `pgtandem clean` does it later");
+        }
         if let Err(error) = self.forget_capture().await {
             tracing::warn!(%error, "the capture of schema changes could not be removed; `pgtandem clean` does it later");
         }
