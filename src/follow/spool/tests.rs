@@ -2,17 +2,22 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use super::files::Owner;
+use super::files::{Owner, Spool, remove_folder};
+use super::playing::Playing;
 use super::writer::{SPOOL_FULL, Writer};
-use super::*;
+use crate::config::MoveName;
+use crate::error::{Class, Result};
+use crate::postgres::Lsn;
 use crate::postgres::replication::Event;
-use crate::state::Phase;
+use crate::state::{MoveRecord, Phase};
+use crate::telemetry::Telemetry;
 
 const PLENTY: u64 = 1 << 40;
 /// Where all spools of these tests begin.
