@@ -9,7 +9,7 @@ use crate::config::{Config, MoveName};
 use crate::cutover::fence;
 use crate::error::{Class, Doing as _, Error, Result};
 use crate::follow::ddl::capture::Capture;
-use crate::follow::subscription;
+use crate::follow::{spool, subscription};
 use crate::leftover::identity;
 use crate::postgres::{Server, Side, quote_identifier};
 use crate::state::{MoveRecord, Phase, Store};
@@ -44,6 +44,12 @@ pub async fn run(config: &Config, args: &Args) -> Result<()> {
         say(&format!("target: removed the subscription {}", config.name.slot()))?;
     }
     clean_source(&source, &config.name, &left).await?;
+    // What it holds belongs to the slot that is gone.
+    match spool::clean(config) {
+        Ok(Some(folder)) => say(&format!("here: removed the spool {}", folder.display()))?,
+        Ok(None) => {}
+        Err(error) => writeln!(std::io::stderr(), "warning: the spool remains: {error}")?,
+    }
     if let Known::Move { .. } = known {
         let given = store.given_identities().await?;
         let taken = identity::take_back(&source, &given).await?;

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::settings::{Problems, Setting, Settings, Value};
@@ -127,6 +128,10 @@ impl Judge<'_> {
             self.duration("follow.batch_max_delay", Duration::from_millis(1)..=Duration::from_secs(60));
         let batch_max_bytes = self.size("follow.batch_max_bytes", 64 << 10..=1 << 30);
         let spill_max_bytes = self.size("follow.spill_max_bytes", 0..=16 << 40);
+        let spool = self.parsed("follow.spool", "must be the path of a folder, or empty", |text| {
+            Some((!text.is_empty()).then(|| PathBuf::from(text)))
+        });
+        let spool_max_bytes = self.size("follow.spool_max_bytes", MIB..=16 << 40);
         let ddl = self.word("follow.ddl", &[("replicate", Ddl::Replicate), ("stop", Ddl::Stop)]);
         let missing_row =
             self.word("follow.missing_row", &[("stop", MissingRow::Stop), ("record", MissingRow::Record)]);
@@ -140,6 +145,8 @@ impl Judge<'_> {
             batch_max_delay: batch_max_delay?,
             batch_max_bytes: batch_max_bytes?,
             spill_max_bytes: spill_max_bytes?,
+            spool: spool?,
+            spool_max_bytes: spool_max_bytes?,
             ddl: ddl?,
             missing_row: missing_row?,
             without_identity: without_identity?,

@@ -82,6 +82,8 @@ pub const KEYS: &[Key] = &[
     key!("follow"."batch_max_delay", Text, Some("\"200ms\""), "a batch is committed at the latest after this; 1ms to 1m"),
     key!("follow"."batch_max_bytes", Text, Some("\"32MiB\""), "a batch is committed once it holds this much; 64KiB to 1GiB"),
     key!("follow"."spill_max_bytes", Text, Some("\"8GiB\""), "disk for transactions that the source sends while they are in progress; 0 to 16TiB, 0: it keeps them itself"),
+    key!("follow"."spool", Text, Some("\"\""), "folder for the changes that come while rows are copied, so that the source need not keep their WAL; empty: the source keeps it"),
+    key!("follow"."spool_max_bytes", Text, Some("\"50GiB\""), "disk for them; 1MiB to 16TiB; beyond, the source keeps its WAL again"),
     key!("follow"."ddl", Text, Some("\"replicate\""), "what a schema change on the source does: replicate or stop"),
     key!("follow"."missing_row", Text, Some("\"stop\""), "what a changed row that the target lacks does: stop or record"),
     key!("follow"."without_identity", Text, Some("\"watch\""), "tables without a replica identity: watch, full or copy"),

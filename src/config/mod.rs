@@ -15,6 +15,7 @@ pub use settings::{Flags, Settings};
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::postgres::{ConnInfo, QualifiedName};
@@ -206,6 +207,10 @@ pub struct Follow {
     pub batch_max_bytes: u64,
     /// In bytes; the disk for transactions that the source sends while they are in progress. 0: it is not asked to.
     pub spill_max_bytes: u64,
+    /// `follow.spool`; `None`: what comes while rows are copied stays on the source.
+    pub spool: Option<PathBuf>,
+    /// In bytes; the disk for the spool.
+    pub spool_max_bytes: u64,
     /// `follow.ddl`
     pub ddl: Ddl,
     /// `follow.missing_row`

@@ -61,6 +61,7 @@ pub(crate) use worker::holds_strange_rows;
 
 use crate::config::{self, MoveName, Scope};
 use crate::error::{Class, Doing, Error, Result};
+use crate::follow::spool::Spooling;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
 use crate::postgres::{QualifiedName, Server, Session, leftovers};
@@ -91,6 +92,8 @@ pub struct Context {
     pub telemetry: Telemetry,
     /// Schema changes come with the stream.
     pub captured: bool,
+    /// Keeps changes while rows are copied.
+    pub spooling: Spooling,
     /// Takes over what each table needs once it is copied.
     pub finish: Arc<Finish>,
     /// Stops it between two gulps.

@@ -183,18 +183,22 @@ async fn difference(session: &Session, wanted: &Publication) -> Result<Vec<Strin
             rows.iter().map(qualified_name).collect::<Result<_>>()?
         }
     };
-    // ONLY: children by inheritance are members of their own. Of a partitioned table it takes nothing away.
-    let list =
-        |names: Vec<&QualifiedName>| names.iter().map(|name| format!("ONLY {name}")).collect::<Vec<_>>().join(", ");
     let extra: Vec<_> = present.difference(&wanted.members).collect();
-    if !extra.is_empty() {
-        statements.push(format!("ALTER PUBLICATION {name} DROP TABLE {}", list(extra)));
-    }
+    statements.extend(in_pieces(&format!("ALTER PUBLICATION {name} DROP TABLE"), &extra));
     let missing: Vec<_> = wanted.members.difference(&present).collect();
-    if !missing.is_empty() {
-        statements.push(format!("ALTER PUBLICATION {name} ADD TABLE {}", list(missing)));
-    }
+    statements.extend(in_pieces(&format!("ALTER PUBLICATION {name} ADD TABLE"), &missing));
     Ok(statements)
+}
+
+/// A statement takes so many tables. Where the source has an event trigger, it keeps a copy of the whole statement for each of them: of
+/// 10,000 in one, gigabytes.
+const PIECE: usize = 64;
+
+/// ONLY: children by inheritance are members of their own. Of a partitioned table it takes nothing away.
+fn in_pieces(what: &str, tables: &[&QualifiedName]) -> Vec<String> {
+    let list =
+        |tables: &[&QualifiedName]| tables.iter().map(|name| format!("ONLY {name}")).collect::<Vec<_>>().join(", ");
+    tables.chunks(PIECE).map(|piece| format!("{what} {}", list(piece))).collect()
 }
 
 /// A partitioned table at the top of its tree.

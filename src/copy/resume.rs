@@ -26,6 +26,7 @@ use super::statements::{self, KeyColumn};
 use super::worker::Worker;
 use crate::error::{Doing, Result};
 use crate::follow::peek;
+use crate::follow::spool::Source;
 use crate::postgres::catalog::{ReplicaIdentity, Table};
 use crate::postgres::pgoutput::{Message, OldTuple, Relation, Tuple, Value};
 use crate::postgres::replication::Cut;
@@ -126,7 +127,12 @@ fn key(table: &Table, equalities: &HashMap<String, String>) -> Vec<KeyColumn> {
 
 /// Reads the stream from one cut to the other, and sends the keys of changed rows to the target.
 async fn read(context: &Context, rests: &mut [Rest<'_>], since: Lsn, until: Lsn, worker: &mut Worker) -> Result<()> {
-    let mut stream = peek::Peek::open(&context.source, &context.store, since, until).await?;
+    let Context { source, store, spooling, .. } = context;
+    let publications = [store.name().publication(), store.name().insert_publication()];
+    let from = Source { source, store, publications: &publications };
+    // The slot serves one reader.
+    spooling.end().await;
+    let mut stream = peek::Peek::open(spooling, from, since, until).await?;
     let at: HashMap<u32, usize> = rests.iter().enumerate().map(|(at, rest)| (rest.planned.of.table.oid, at)).collect();
     let mut commit = Lsn::ZERO;
     while let Some(message) = stream.next().await? {
@@ -147,7 +153,7 @@ async fn read(context: &Context, rests: &mut [Rest<'_>], since: Lsn, until: Lsn,
         worker.send_keys(rest).await?;
     }
     stream.close().await;
-    Ok(())
+    spooling.begin(Source { source, store, publications: &publications }).await
 }
 
 /// The relations that a message is about.

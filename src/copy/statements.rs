@@ -127,11 +127,13 @@ pub(super) fn begin_alone(table: &QualifiedName) -> String {
 /// Two expressions: whether a foreign key of another table refers to the table, which makes the server refuse TRUNCATE;
 /// and whether foreign keys do not fire in this session.
 pub(super) fn how_to_empty(table: &QualifiedName) -> String {
+    // Such a foreign key puts triggers on the table; constraints are found by the tables that have them only.
     format!(
-        "EXISTS (SELECT FROM pg_catalog.pg_constraint
-                 WHERE contype = 'f' AND confrelid = {}::pg_catalog.regclass AND conrelid <> confrelid),
+        "CASE WHEN (SELECT relhastriggers FROM pg_catalog.pg_class WHERE oid = {this}) THEN EXISTS (
+             SELECT FROM pg_catalog.pg_constraint WHERE contype = 'f' AND confrelid = {this} AND conrelid <> confrelid)
+         ELSE false END,
          pg_catalog.current_setting('session_replication_role') = 'replica'",
-        quote_literal(&table.to_string())
+        this = quote_literal(&table.to_string()) + "::pg_catalog.regclass"
     )
 }
 

@@ -26,6 +26,9 @@ use crate::telemetry::Telemetry;
 const TELL_BYTES: u64 = 1024 * 1024;
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
+/// A smaller table is not worth what FREEZE asks for, in bytes.
+const WORTH_FREEZING: u64 = 4 << 20;
+
 /// So many rows that changed are looked up at once.
 const KEYS_AT_ONCE: usize = 1000;
 
@@ -256,6 +259,10 @@ async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
     let (is_empty, emptying) = (said(0), Emptying::of(name, said(1), said(2)));
     if !is_empty && !table.planned.begun {
         return Err(holds_strange_rows(name));
+    }
+    // To empty a table makes its files anew, which takes longer than to copy a small one.
+    if is_empty && table.table().bytes < WORTH_FREEZING {
+        return Ok(Emptying::Delete);
     }
     let emptying = match emptying {
         Err(_) if is_empty => return Ok(Emptying::Delete),

@@ -6,6 +6,8 @@
 //!
 //! [`subscription`] is the other engine: the target server's own worker follows, and we watch it.
 //!
+//! [`spool`] keeps what comes while nothing can be applied; [`inflow`] is it and the stream in one.
+//!
 //! [`run`] is two tasks with a queue between them, the reader ([`reader`]) and the applier ([`apply`]), and a look now and
 //! then at what the stream does not tell ([`watching`]).
 
@@ -17,6 +19,7 @@ mod early;
 mod executor;
 mod executors;
 mod gate;
+mod inflow;
 mod lane;
 mod lanes;
 pub mod lookout;
@@ -34,6 +37,7 @@ mod row;
 mod sets;
 mod shares;
 mod slot;
+pub mod spool;
 mod streamed;
 pub mod subscription;
 mod target_table;
@@ -53,9 +57,11 @@ use self::ddl::{Moved, SchemaChanges};
 use self::early::Early;
 use self::executors::Executors;
 pub use self::gate::Gate;
+pub use self::inflow::Inflow;
 pub use self::marker::{Marker, MarkerWatch};
 use self::reading::{Opening, Reading};
 use self::slot::Slot;
+use self::spool::Spooling;
 use self::streamed::{Bounds, SPILL_FAILED, STREAMING_FAILED, Streamed};
 use crate::config::{Config, Ddl, MoveName, Scope};
 use crate::error::{Class, Error, Result};
@@ -131,6 +137,8 @@ pub struct Follow<'a> {
     pub captured: bool,
     /// Ends once everything that committed before is applied, and applies nothing beyond.
     pub until: Option<Lsn>,
+    /// What was kept of the stream before, and whoever fills it.
+    pub spooling: &'a Spooling,
     /// Takes reports.
     pub telemetry: &'a Telemetry,
 }
@@ -270,7 +278,8 @@ impl Follow<'_> {
         executors.end_earlier().await?;
         // It is confirmed to the source from here on.
         let progress = self.store.durable_progress().await?;
-        let version = slot.check(progress.lsn).await?;
+        let record = self.store.find().await?;
+        let (version, spool) = self.spooling.join(&slot, record.as_ref(), self.publications, progress.lsn).await?;
         self.durable.send_modify(|durable| {
             durable.lsn = progress.lsn;
             durable.commit_micros = progress.commit_micros;
@@ -292,17 +301,19 @@ impl Follow<'_> {
         let streamed = Streamed::new(protocol, Bounds::with_disk(self.config.follow.spill_max_bytes));
         let opening = Opening {
             source: self.source.clone(),
+            role: "stream",
             slot: slot.clone(),
-            record: self.store.find().await?,
+            record,
             publications: self.publications.to_vec(),
             version,
             from: progress.lsn,
             protocol,
         };
         let (durable, telemetry) = (self.durable.subscribe(), self.telemetry.clone());
+        let inflow = Inflow::open(opening, spool.map(|spool| (spool, self.spooling.clone())));
         let reader = move |stream| reader::Reader::new(stream, slot, sender, durable, telemetry, streamed);
         let reader_stop = CancellationToken::new();
-        let reading = Reading::start(opening, reader, reader_stop.clone()).await?;
+        let reading = Reading::start(inflow, reader, reader_stop.clone()).await?;
         let applier = apply::Applier {
             settings: Settings {
                 move_name: self.config.name.clone(),

@@ -2,20 +2,22 @@
 
 use std::time::Duration;
 
-use super::reading::{Opening, protocol};
-use super::slot::Slot;
+use super::inflow::Inflow;
+use super::spool::{Source, Spooling};
 use crate::error::{Error, Result};
+use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
-use crate::postgres::replication::{Event, ReplicationStream};
-use crate::postgres::{Lsn, Server};
-use crate::state::Store;
+use crate::postgres::replication::Event;
+
+/// So much is read at once, in bytes.
+const GULP: usize = 1 << 20;
 
 /// How often the source hears from us, and is asked how far it is.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// The messages of transactions whose commit record begins at or after one position and before another.
 pub(crate) struct Peek {
-    stream: ReplicationStream,
+    stream: Inflow,
     until: Lsn,
     inside_transaction: bool,
     asked: tokio::time::Instant,
@@ -24,24 +26,12 @@ pub(crate) struct Peek {
 }
 
 impl Peek {
-    /// Opens the stream of the move's slot, which nobody else may read. Its position must not be beyond `since`.
+    /// Looks from `since` on, in the spool and in the slot. Until it is closed nobody else may read the slot.
     ///
     /// # Errors
-    /// As following from there: the slot is in use, gone, or not ours any more.
-    pub(crate) async fn open(source: &Server, store: &Store, since: Lsn, until: Lsn) -> Result<Self> {
-        let slot = Slot::new(source, store.name());
-        slot.released().await?;
-        let version = slot.check(since).await?;
-        let opening = Opening {
-            source: source.clone(),
-            slot,
-            record: store.find().await?,
-            publications: vec![store.name().publication(), store.name().insert_publication()],
-            version,
-            from: since,
-            protocol: protocol(version, false),
-        };
-        let stream = opening.open().await?;
+    /// Class operator: they do not reach back as far. Class retry: the slot is in use. The connection's.
+    pub(crate) async fn open(spooling: &Spooling, source: Source<'_>, since: Lsn, until: Lsn) -> Result<Self> {
+        let stream = Inflow::recall(spooling, source, since).await?;
         let asked = tokio::time::Instant::now();
         Ok(Self { stream, until, inside_transaction: false, asked, ended: false })
     }
@@ -79,7 +69,7 @@ impl Peek {
                 None => {
                     // A timeout is no error: the source is asked again.
                     let until = self.asked + ASK_EVERY;
-                    if let Ok(read) = tokio::time::timeout_at(until, self.stream.fill()).await {
+                    if let Ok(read) = tokio::time::timeout_at(until, self.stream.gulp(GULP)).await {
                         read?;
                     }
                 }

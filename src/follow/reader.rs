@@ -1,6 +1,6 @@
 //! The reading end: takes messages off the stream, decodes them, hands them on in order, and confirms.
 //!
-//! Promises: never confirms more than the applier made durable; keeps talking to the source while the target makes it
+//! Promises: never confirms more than the applier, or the spool ([`super::spool`]), made durable; keeps talking to the source while the target makes it
 //! wait, so that `wal_sender_timeout` does not strike; notices a source that went silent; hands on whole transactions that
 //! committed, also where the source sends them before ([`super::streamed`]).
 
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Durable;
 use super::early::Part;
+use super::inflow::Inflow;
 use super::queue::Sender;
 use super::rhythm::Rhythm;
 use super::slot::Slot;
@@ -22,7 +23,7 @@ use super::streamed::{SPILL_FAILED, Streamed, Taken};
 use crate::error::{Class, Error, Result};
 use crate::postgres::Lsn;
 use crate::postgres::pgoutput::Message;
-use crate::postgres::replication::{Event, ReplicationStream};
+use crate::postgres::replication::Event;
 use crate::telemetry::Telemetry;
 
 /// How often the source hears from us, also when nothing happens.
@@ -51,7 +52,7 @@ pub(super) enum Delivery {
 
 /// See the module's first lines.
 pub(super) struct Reader {
-    stream: ReplicationStream,
+    stream: Inflow,
     slot: Slot,
     queue: Sender<Vec<Delivery>>,
     durable: watch::Receiver<Durable>,
@@ -94,7 +95,7 @@ impl Chunk {
 /// Asleep, the thread is not woken by what arrives; that is what the thread is for. It sleeps for some milliseconds, and
 /// whatever else the reader waits for comes late by so much.
 #[allow(clippy::disallowed_methods, reason = "the thread and its runtime serve this reader alone")]
-async fn gulp(stream: &mut ReplicationStream, rest: Option<Instant>) -> Result<usize> {
+async fn gulp(stream: &mut Inflow, rest: Option<Instant>) -> Result<usize> {
     if let Some(rest) = rest.and_then(|rest| rest.checked_duration_since(Instant::now())) {
         std::thread::sleep(rest);
     }
@@ -103,7 +104,7 @@ async fn gulp(stream: &mut ReplicationStream, rest: Option<Instant>) -> Result<u
 
 impl Reader {
     pub(super) fn new(
-        stream: ReplicationStream,
+        stream: Inflow,
         slot: Slot,
         queue: Sender<Vec<Delivery>>,
         durable: watch::Receiver<Durable>,
@@ -159,7 +160,10 @@ impl Reader {
                 _ = self.status.tick() => self.report().await?,
                 read = gulp(&mut self.stream, self.rest) => {
                     self.last_heard = Instant::now();
-                    self.rest = Some(self.last_heard + self.rhythm.read(read?, self.last_heard));
+                    let read = read?;
+                    // Files have no walsender behind them that would work the less for a pause.
+                    let pause = self.stream.is_live().then(|| self.rhythm.read(read, self.last_heard));
+                    self.rest = pause.map(|pause| self.last_heard + pause);
                     if !self.hand_on().await? {
                         return Ok(());
                     }
@@ -295,10 +299,10 @@ impl Reader {
 
     async fn confirm(&mut self, ask_for_reply: bool) -> Result<()> {
         let durable = self.durable.borrow_and_update().lsn;
-        self.stream.confirm(self.received, durable, ask_for_reply).await?;
-        if durable > self.confirmed {
-            self.confirmed = durable;
-            self.telemetry.confirmed(durable);
+        let Some(confirmed) = self.stream.confirm(self.received, durable, ask_for_reply).await? else { return Ok(()) };
+        if confirmed > self.confirmed {
+            self.confirmed = confirmed;
+            self.telemetry.confirmed(confirmed);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 use tokio::sync::oneshot;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::inflow::Inflow;
 use super::reader::Reader;
 use super::slot::{self, Slot};
 use crate::error::{Class, Error, Result};
@@ -16,8 +17,11 @@ use crate::postgres::{Lsn, Server, quote_identifier};
 use crate::state::MoveRecord;
 
 /// What the stream is opened with.
+#[derive(Clone)]
 pub(super) struct Opening {
     pub source: Server,
+    /// What the connection calls itself in the source's `pg_stat_activity`.
+    pub role: &'static str,
     pub slot: Slot,
     pub record: Option<MoveRecord>,
     pub publications: Vec<String>,
@@ -34,8 +38,12 @@ pub(super) fn protocol(version: i32, streamed: bool) -> Protocol {
 }
 
 impl Opening {
-    pub(super) async fn open(self) -> Result<ReplicationStream> {
-        let mut walsender = Walsender::connect(&self.source, "stream").await?;
+    /// Opens the stream.
+    ///
+    /// # Errors
+    /// Those of [`Walsender::connect`] and [`Walsender::stream`]; class operator: it is another server.
+    pub(super) async fn open(&self) -> Result<ReplicationStream> {
+        let mut walsender = Walsender::connect(&self.source, self.role).await?;
         slot::check_identity(self.record.as_ref(), &walsender.identify_system().await?)?;
         let publications: Vec<String> = self.publications.iter().map(|name| quote_identifier(name)).collect();
         let mut options = vec![("publication_names", publications.join(","))];
@@ -61,13 +69,13 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// Opens the stream and reads it, until `stop`. Returns once the stream stands.
+    /// Opens the inflow and reads it, until `stop`. Returns once it stands.
     ///
     /// # Errors
     /// Those of opening it.
     pub(super) async fn start(
-        opening: Opening,
-        reader: impl FnOnce(ReplicationStream) -> Reader + Send + 'static,
+        inflow: impl Future<Output = Result<Inflow>> + Send + 'static,
+        reader: impl FnOnce(Inflow) -> Reader + Send + 'static,
         stop: CancellationToken,
     ) -> Result<Self> {
         let (opened, stands) = oneshot::channel();
@@ -75,11 +83,11 @@ impl Reading {
         let dropped = CancellationToken::new();
         let given_up = dropped.clone();
         let work = async move {
-            match opening.open().await {
-                Ok(stream) => {
+            match inflow.await {
+                Ok(inflow) => {
                     // Whoever waited for this may have given up; then `given_up` ends all of it.
                     drop(opened.send(Ok(())));
-                    reader(stream).run(stop).await
+                    reader(inflow).run(stop).await
                 }
                 Err(error) => {
                     drop(opened.send(Err(error)));
@@ -120,7 +128,7 @@ fn gone() -> Error {
     Error::bug("the thread that reads the stream ended without a word")
 }
 
-fn no_thread(error: &std::io::Error) -> Error {
+pub(super) fn no_thread(error: &std::io::Error) -> Error {
     Error::new(Class::Wait, "no_thread", format!("no thread could be started to read the stream: {error}"))
         .hint("raise the limit of processes or of memory of the daemon")
 }

@@ -54,8 +54,12 @@ impl Slot {
         &self.name
     }
 
+    pub(super) fn source(&self) -> &Server {
+        &self.source
+    }
+
     /// The slot must be the one that our progress belongs to: confirmed up to progress at most, for we never confirm
-    /// more. A slot that was made again, or moved on by someone else, has lost changes that we do not have. Returns the
+    /// more; where a spool ([`super::spool`]) holds everything from progress on, the end of that stands for progress. A slot that was made again, or moved on by someone else, has lost changes that we do not have. Returns the
     /// source's `server_version_num`.
     pub(super) async fn check(&self, progress: Lsn) -> Result<i32> {
         let session = self.source.connect("slot").await?;
@@ -63,7 +67,12 @@ impl Slot {
         match seen.confirmed {
             Some(confirmed) if confirmed > progress => Err(lost(
                 "slot_advanced",
-                format!("the slot {} stands at {confirmed}, beyond what the target holds ({progress})", self.name),
+                format!("the slot {} stands at {confirmed}, beyond what was received ({progress})", self.name),
+            )
+            .hint(
+                "if the move had a spool, what is missing is there: set follow.spool as it was, and start the daemon where it ran. \
+                 Else changes are missing between the target and the source: run `pgtandem clean`, empty the target and begin the \
+                 move again",
             )),
             _ => Ok(seen.version),
         }

@@ -68,6 +68,7 @@ pub const PINNED_SETTINGS: &str = "\
     SET default_transaction_isolation = 'read committed';
     SET default_transaction_deferrable = off;
     SET row_security = off;
+    SET jit = off;
     SET synchronous_commit = on";
 
 /// How to reach one of the two servers. Cheap to clone.

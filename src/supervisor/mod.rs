@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, Ddl};
 use crate::cutover::{self, Recovered, error_json};
 use crate::error::{Class, Error, Result};
+use crate::follow::spool::Spooling;
 use crate::follow::{Durable, Gate, MarkerWatch, watching};
 use crate::postgres::{Server, Side};
 use crate::preflight;
@@ -79,6 +80,7 @@ pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &
     let telemetry = Telemetry::new(&config.name, config.cutover.max_lag);
     let store = Store::new(target.clone(), config.name.clone());
     let (durable, _) = watch::channel(Durable::default());
+    let spooling = Spooling::new(config, &telemetry);
     let supervisor = Supervisor {
         config,
         options,
@@ -89,6 +91,7 @@ pub async fn run(config: &Config, options: Options, terminal: &Terminal, stop: &
         durable,
         marker: MarkerWatch::default(),
         gate: Gate::default(),
+        spooling,
         stop: stop.clone(),
     };
     let beside = CancellationToken::new();
@@ -114,6 +117,7 @@ struct Supervisor<'a> {
     durable: watch::Sender<Durable>,
     marker: MarkerWatch,
     gate: Gate,
+    spooling: Spooling,
     stop: CancellationToken,
 }
 
@@ -152,6 +156,8 @@ impl Supervisor<'_> {
                 walked = self.advance(epoch) => walked,
                 lost = leadership.lost() => Err(lost),
             };
+            // However it ended: whoever comes next begins with what is durable.
+            self.spooling.close().await;
             let error = match walked {
                 Ok(End::Stopped) => {
                     tracing::info!("stopped; `pgtandem run` goes on from here");

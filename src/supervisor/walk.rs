@@ -14,7 +14,7 @@ use crate::config::{CopyMethod, Ddl, Engine};
 use crate::copy::{self, by_hand, cut, publication};
 use crate::error::{Doing, Error, Result};
 use crate::follow::ddl::capture::Capture;
-use crate::follow::{Follow, TABLES_TO_COPY, subscription, unkeyed, watching};
+use crate::follow::{Follow, TABLES_TO_COPY, spool, subscription, unkeyed, watching};
 use crate::leftover::identity;
 use crate::postgres::catalog::{self, Table};
 use crate::postgres::replication::{Cut, Walsender};
@@ -106,9 +106,20 @@ impl<'a> Walk<'a> {
     }
 
     pub(super) async fn copy(&mut self) -> Result<Option<End>> {
+        let spooling = self.supervisor.spooling.clone();
+        // What is copied without its changes is copied for nothing.
+        tokio::select! {
+            biased;
+            copied = self.copy_tables() => copied,
+            error = spooling.failed() => Err(error),
+        }
+    }
+
+    async fn copy_tables(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Copy);
         self.only_our_stream().await?;
+        self.keep_changes().await?;
         if s.unless_stopped(self.prepare_to_finish()).await?.is_none() {
             return Ok(Some(End::Stopped));
         }
@@ -131,6 +142,7 @@ impl<'a> Walk<'a> {
         if first && s.config.copy.method == CopyMethod::Dump && !s.config.copy.keep_archive {
             self.remove_archive().await?;
         }
+        self.keep_changes().await?;
         if s.unless_stopped(self.complete_tables()).await?.is_none() {
             return Ok(Some(End::Stopped));
         }
@@ -173,6 +185,14 @@ impl<'a> Walk<'a> {
         restorer.hold_back().await
     }
 
+    /// With `follow.spool` and once there is a slot: changes are kept here from now on, so that the source need not keep their WAL.
+    /// Following goes on from there, and ends it.
+    async fn keep_changes(&self) -> Result<()> {
+        let s = self.supervisor;
+        let publications = self.publications();
+        s.spooling.begin(spool::Source { source: &s.source, store: &s.store, publications: &publications }).await
+    }
+
     /// Under the move's first cut, or, where some tables were copied before, the rest under a newer one.
     async fn copy_rows(&self) -> Result<copy::Outcome> {
         let s = self.supervisor;
@@ -189,6 +209,7 @@ impl<'a> Walk<'a> {
         if !self.schema_stands_at(&cut, &cancel).await? {
             return Ok(copy::Outcome::Stopped);
         }
+        self.keep_changes().await?;
         let context = copy::Context {
             source: s.source.clone(),
             target: s.target.clone(),
@@ -198,6 +219,7 @@ impl<'a> Walk<'a> {
             settings: s.config.copy.clone(),
             telemetry: s.telemetry.clone(),
             captured: self.is_captured().await?,
+            spooling: s.spooling.clone(),
             finish: Arc::clone(&self.finish),
             cancel,
         };
@@ -401,6 +423,7 @@ impl<'a> Walk<'a> {
         archive.invalidate()?;
         self.publish().await?;
         let (exporter, cut) = self.cut(&s.stop.child_token()).await?;
+        self.keep_changes().await?;
         let tables = copy::tables_of_cut(&s.source, &s.config.scope, &s.config.name, &cut).await?;
         let sizes: Vec<_> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
         s.store.plan_tables(&sizes).await?;
@@ -449,7 +472,9 @@ impl<'a> Walk<'a> {
         let caught_up = async {
             loop {
                 let progress = durable.borrow_and_update().lsn;
-                if progress >= beyond && s.telemetry.overview().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING) {
+                let is_near = s.telemetry.overview().lag.bytes.is_some_and(|bytes| bytes < NEARLY_NOTHING);
+                // A spool is behind us then: a worker of the target could not read it.
+                if progress >= beyond && is_near && s.spooling.is_behind(progress).await {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
@@ -470,6 +495,8 @@ impl<'a> Walk<'a> {
                 tracing::info!("foreign keys of the source changed meanwhile; following on before they are added");
                 return Ok(None);
             }
+            // Nothing is applied while they are checked.
+            self.keep_changes().await?;
             let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
             if s.unless_stopped(self.complete_constraints(kit)).await?.is_none() {
                 return Ok(Some(End::Stopped));
@@ -555,6 +582,7 @@ impl<'a> Walk<'a> {
             gone: &self.gone,
             captured,
             until: None,
+            spooling: &s.spooling,
             telemetry: &s.telemetry,
         }
     }
@@ -638,9 +666,12 @@ impl<'a> Walk<'a> {
         }
         let engine = s.config.follow.engine;
         // What the stream may still bring of tables that are gone, or of the schema, a worker could not pass over; nor what some of our
-        // own workers committed beyond progress.
+        // own workers committed beyond progress; and what the spool holds, it does not know.
         if engine == Engine::Subscription
-            && (!self.gone.is_empty() || self.is_captured().await? || s.store.workers_ahead().await?.is_some())
+            && (!self.gone.is_empty()
+                || self.is_captured().await?
+                || s.store.workers_ahead().await?.is_some()
+                || s.spooling.is_ahead(&s.store).await?)
         {
             s.enter_phase(Phase::Catchup).await?;
             return Ok(None);
@@ -695,6 +726,11 @@ impl<'a> Walk<'a> {
         // The source keeps WAL until then. It may be switched off already; its slot goes with it then.
         if let Err(error) = drop_slot(&s.source, &s.config.name.slot()).await {
             tracing::warn!(%error, "the slot could not be dropped; `pgtandem clean` does it later");
+        }
+        // It was read to its end; what is left are its note and its lock.
+        s.spooling.close().await;
+        if let Err(error) = spool::clean(s.config) {
+            tracing::warn!(%error, "the spool's folder could not be removed; `pgtandem clean` does it later");
         }
         if let Err(error) = self.forget_capture().await {
             tracing::warn!(%error, "the capture of schema changes could not be removed; `pgtandem clean` does it later");

@@ -8,6 +8,7 @@ use std::time::Duration;
 use pgtandem::config::{Config, Environment, Flags, Settings, TablePattern};
 use pgtandem::copy::{self, Context, Outcome, by_hand, cut, publication};
 use pgtandem::error::Class;
+use pgtandem::follow::spool::Spooling;
 use pgtandem::postgres::pgoutput::{Message, Tuple, Value};
 use pgtandem::postgres::replication::{Event, Walsender};
 use pgtandem::postgres::{Lsn, QualifiedName, Server, Side, catalog};
@@ -66,6 +67,7 @@ impl Move {
             settings: config.copy.clone(),
             telemetry: Telemetry::default(),
             captured: false,
+            spooling: Spooling::new(&config, &Telemetry::default()),
             finish: Arc::new(copy::Finish::new(&to, config.copy.index_workers, std::collections::HashMap::new())),
             cancel: CancellationToken::new(),
         };

@@ -28,6 +28,7 @@ mod schema;
 mod schema_changes;
 mod scope;
 mod sets;
+mod spool;
 mod streamed;
 mod subscription;
 mod telemetry;

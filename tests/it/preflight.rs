@@ -435,6 +435,8 @@ fn config() -> Config {
             batch_max_delay: Duration::from_millis(200),
             batch_max_bytes: 1 << 25,
             spill_max_bytes: 8 << 30,
+            spool: None,
+            spool_max_bytes: 1 << 30,
             ddl: Ddl::Replicate,
             missing_row: MissingRow::Stop,
             without_identity: WithoutIdentity::Watch,
