@@ -20,6 +20,9 @@ use crate::schema::indexes::{Index, Missing};
 /// What the sessions are called that build indexes.
 const SESSIONS: &str = "index";
 
+/// A table whose indexes are smaller together gets them all in one turn, in bytes.
+const WORTH_A_TURN: u64 = 8 << 20;
+
 /// `$1`: how many indexes are built at the same time. Never less than what the server has set: an index that is sorted in memory is
 /// built fastest, and shared buffers tell how large the server is.
 const ROOM: &str = "
@@ -99,6 +102,9 @@ impl Finish {
 
 /// Builds the indexes, each when it is its turn, then declares the keys and gathers statistics.
 async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
+    if missing.bytes < WORTH_A_TURN {
+        return complete_at_once(&shared, table, missing).await;
+    }
     let mut building = JoinSet::new();
     for index in missing.indexes {
         building.spawn(build(Arc::clone(&shared), index));
@@ -122,6 +128,24 @@ async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
         })
         .await;
     match done {
+        Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
+        Ok(()) => {}
+        Err(error) => tracing::info!(%error, table = %table.plain(), "the table is completed later"),
+    }
+}
+
+/// All of a small table in one transaction: with thousands of them, it is their number that counts.
+async fn complete_at_once(shared: &Shared, table: QualifiedName, missing: Missing) {
+    let creates = missing.indexes.iter().filter_map(|index| index.create.clone());
+    let then = missing.indexes.iter().flat_map(|index| index.then.iter().cloned());
+    let mut statements: Vec<String> = creates.chain(then).collect();
+    if missing.analyze {
+        statements.push(format!("ANALYZE {table}"));
+    }
+    if statements.is_empty() {
+        return;
+    }
+    match shared.in_turn(async |session| Ok(session.batch_execute(&statements.join(";\n")).await?)).await {
         Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
         Ok(()) => {}
         Err(error) => tracing::info!(%error, table = %table.plain(), "the table is completed later"),

@@ -33,6 +33,8 @@ pub struct Missing {
     /// Its statistics are gathered then. Not where statistics objects are still to come, or a partitioned table above it is
     /// gathered as a whole.
     pub analyze: bool,
+    /// How large its indexes are on the source, in bytes.
+    pub bytes: u64,
 }
 
 /// What can be told of an index in SQL, and what pg_dump writes down beside its definition. A key of the kind WITHOUT OVERLAPS has a
@@ -42,7 +44,8 @@ fn definitions() -> String {
         "SELECT n.nspname::text, c.relname::text, i.relname::text, pg_catalog.pg_get_indexdef(i.oid),
                 k.contype::text, COALESCE(k.condeferrable, false), COALESCE(k.condeferred, false), x.indisclustered, x.indisreplident,
                 ARRAY(SELECT pg_catalog.format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s', n.nspname, i.relname, a.attnum, a.attstattarget)
-                      FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.oid AND a.attstattarget >= 0 ORDER BY a.attnum)
+                      FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.oid AND a.attstattarget >= 0 ORDER BY a.attnum),
+                pg_catalog.pg_relation_size(i.oid)
          FROM pg_catalog.pg_index x
          JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
          JOIN pg_catalog.pg_class c ON c.oid = x.indrelid
@@ -52,7 +55,7 @@ fn definitions() -> String {
          WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {IS_USER_TABLE}
            AND x.indisvalid AND i.reltablespace = 0
            AND (k.contype IS NULL OR k.contype <> 'x' AND am.amname = 'btree')
-         ORDER BY pg_catalog.pg_relation_size(i.oid) DESC, 3"
+         ORDER BY 11 DESC, 3"
     )
 }
 
@@ -84,7 +87,7 @@ pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> R
         let Some(schema) = &entry.schema else { continue };
         let table = QualifiedName::new(schema, &entry.tag);
         let analyze = !later.contains(&table);
-        missing.insert(table, Missing { indexes: Vec::new(), analyze });
+        missing.insert(table, Missing { analyze, ..Missing::default() });
     }
     for row in source.query(&definitions(), &[]).await.doing(|| "listing the source's indexes")? {
         let (schema, table, name): (String, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
@@ -112,6 +115,7 @@ pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> R
         let create = if there.contains(&name) { None } else { Some(row.try_get(3)?) };
         if let Some(missing) = missing.get_mut(&table) {
             missing.indexes.push(Index { name, create, then });
+            missing.bytes += u64::try_from(row.try_get::<_, i64>(10)?).unwrap_or(0);
         }
     }
     Ok(missing)
