@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use tokio_postgres::Client;
 
 use super::CopyOptions;
 use super::contender::pgcopydb::Peers;
@@ -14,6 +15,12 @@ use crate::say;
 use crate::servers::Pair;
 use crate::stage::{DATABASE, TEMPLATE};
 use crate::workload::Place;
+
+/// A database that is smaller is kept until the end of its data set, in bytes.
+const SMALL: u64 = 1 << 30;
+
+/// What the names of such databases begin with.
+const KEPT: &str = "kept_";
 
 /// How long a slot may stay in use after its reader was stopped.
 const SLOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -71,11 +78,8 @@ impl<'a> Ground<'a> {
     pub(crate) async fn reset(&self) -> Result<()> {
         let (source, target) = (&self.pair.source, &self.pair.target);
         let client = target.connect("postgres").await?;
-        for statement in [
-            format!("DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)"),
-            format!("CREATE DATABASE {DATABASE} TEMPLATE template0"),
-            "CHECKPOINT".to_owned(),
-        ] {
+        self.put_aside(&client).await?;
+        for statement in [format!("CREATE DATABASE {DATABASE} TEMPLATE template0"), "CHECKPOINT".to_owned()] {
             client.batch_execute(&statement).await.with_context(|| statement.clone())?;
         }
         if self.dataset.is_busy() {
@@ -89,6 +93,26 @@ impl<'a> Ground<'a> {
             }
         }
         source.execute("postgres", "CHECKPOINT").await
+    }
+
+    /// Makes room for a new database of the target. A small one stays until the end: ext4 does not take the place of a file that was
+    /// deleted in the last minutes, and whoever makes thousands of files then pays for looking past thousands of such places.
+    async fn put_aside(&self, client: &Client) -> Result<()> {
+        let exists = !client.query("SELECT FROM pg_database WHERE datname = $1", &[&DATABASE]).await?.is_empty();
+        if !exists {
+            return Ok(());
+        }
+        let statement = if self.bytes < SMALL {
+            let kept = client.query_one("SELECT count(*) FROM pg_database", &[]).await?.try_get::<_, i64>(0)?;
+            let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1";
+            while !client.query(others, &[&DATABASE]).await.context("ending sessions")?.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            format!("ALTER DATABASE {DATABASE} RENAME TO {KEPT}{kept}")
+        } else {
+            format!("DROP DATABASE {DATABASE} WITH (FORCE)")
+        };
+        client.batch_execute(&statement).await.with_context(|| statement.clone())
     }
 
     /// What differs on the target; the source's content is asked for anew where it has changed.
@@ -135,7 +159,11 @@ impl<'a> Ground<'a> {
     pub(crate) async fn clear_away(self) -> Result<()> {
         for server in [&self.pair.source, &self.pair.target] {
             let client = server.connect("postgres").await?;
-            for database in [DATABASE, TEMPLATE] {
+            let kept = client
+                .query("SELECT datname::text FROM pg_database WHERE starts_with(datname::text, $1)", &[&KEPT])
+                .await?;
+            let kept = kept.iter().map(|row| row.try_get(0)).collect::<std::result::Result<Vec<String>, _>>()?;
+            for database in kept.iter().map(String::as_str).chain([DATABASE, TEMPLATE]) {
                 let drop = format!("DROP DATABASE IF EXISTS {database} WITH (FORCE)");
                 client.batch_execute(&drop).await.with_context(|| drop.clone())?;
             }
