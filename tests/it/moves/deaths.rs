@@ -129,6 +129,52 @@ async fn many_deaths_of_the_daemon_change_nothing() {
     }
 }
 
+/// Large tables in small units, and slowly, so that a death finds some of them there.
+const IN_UNITS: &str = "[copy]\nsplit_above = \"1MiB\"\nmax_bytes_per_second = \"12MiB\"\n";
+
+/// A move whose daemon dies up to `kills` times while it copies, and while it catches up; one of three moves keeps changes in a spool.
+async fn survives_copying(random: &mut Xorshift, kills: u64) -> u64 {
+    let mut stage = Stage::new(versions_under_test(), scale(5)).await.configured(IN_UNITS);
+    if random.below(3) == 0 {
+        println!("with a spool");
+        let folder = stage.file("spool");
+        stage.program = stage.program.env("PGTANDEM_FOLLOW_SPOOL", folder);
+    }
+    let load = Load::start(&stage, GENTLE);
+    let (mut deaths, mut with_units) = (0, 0);
+    while deaths < kills {
+        let daemon = stage.daemon(&[]);
+        match stage.reached().await {
+            0..=2 => kill_in(&stage, daemon, "copy", random.moment(Duration::from_millis(2500))).await,
+            3 => kill_in(&stage, daemon, "catchup", random.moment(Duration::from_millis(500))).await,
+            _ => break,
+        }
+        deaths += 1;
+        with_units += u64::from(stage.state("select 1 from pgtandem.copy_unit limit 1").await.is_some());
+    }
+    println!("{deaths} deaths, {with_units} of them left a table that was copied in part");
+    end_under_load(&stage, load).await;
+    deaths
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deaths_in_the_copy_change_nothing() {
+    let deaths = survives_copying(&mut Xorshift::new(), 6).await;
+    assert!(deaths >= 3, "only {deaths} deaths");
+}
+
+/// For a quiet hour: `PGTANDEM_TEST_KILLS=1000 cargo test --test it many_deaths_in_the_copy -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes an hour"]
+async fn many_deaths_in_the_copy_change_nothing() {
+    let mut random = Xorshift::new();
+    let mut left: u64 = number("PGTANDEM_TEST_KILLS").unwrap_or(1000);
+    while left > 0 {
+        left = left.saturating_sub(survives_copying(&mut random, left.min(25)).await.max(1));
+        println!("{left} deaths are left");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_in_each_phase_changes_nothing() {
     let stage = Stage::new(versions_under_test(), scale(5)).await;
