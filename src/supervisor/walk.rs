@@ -301,6 +301,12 @@ impl<'a> Walk<'a> {
         {
             return Err(watching::unpublished(table));
         }
+        // The same of one that is there in part: the stream does not tell what changed in it.
+        let begun = s.store.begun().await?;
+        let begun: Vec<Table> = tables.iter().filter(|table| begun.contains_key(&table.name)).cloned().collect();
+        for table in publication::unpublished(&*session, self.publications(), &begun).await? {
+            s.store.forget_units(&table).await?;
+        }
         drop(session);
         self.capture().await?;
         publication::ensure(&s.source, s.config, &tables, &s.telemetry).await?;
