@@ -35,8 +35,8 @@ use crate::postgres::{Lsn, QualifiedName, copy_text};
 /// Keys are sent to the target in pieces of this size, in bytes.
 const PIECE: usize = 1 << 20;
 
-/// A key that comes again soon is not kept twice; so many are remembered for that.
-const REMEMBERED: usize = 100_000;
+/// A key that comes again soon is not kept twice; so much is remembered of each table for that, in bytes.
+const REMEMBERED: usize = 4 << 20;
 
 /// A table that goes on, and what the stream says of it.
 pub(super) struct Rest<'a> {
@@ -52,6 +52,7 @@ pub(super) struct Rest<'a> {
     /// Lines of a COPY that wait to be sent.
     waiting: Vec<u8>,
     remembered: HashSet<Bytes>,
+    remembered_bytes: usize,
     /// Keys were sent to the target.
     pub touched: bool,
     /// It begins anew.
@@ -86,6 +87,7 @@ pub(super) async fn settle(
             places: None,
             waiting: Vec::new(),
             remembered: HashSet::new(),
+            remembered_bytes: 0,
             touched: false,
             lost: false,
         });
@@ -183,11 +185,16 @@ impl Rest<'_> {
             Message::Delete { old, .. } => self.names(old.tuple(), None),
             _ => false,
         };
-        self.lost = !known;
-        if self.lost {
-            self.waiting = Vec::new();
-            self.remembered = HashSet::new();
+        if !known {
+            self.lose();
         }
+    }
+
+    /// It begins anew: nothing more needs to be known.
+    pub(super) fn lose(&mut self) {
+        self.lost = true;
+        self.waiting = Vec::new();
+        self.remembered = HashSet::new();
     }
 
     fn places(&self, relation: &Relation) -> Option<Vec<usize>> {
@@ -214,8 +221,10 @@ impl Rest<'_> {
         line.put_u8(b'\n');
         if !self.remembered.contains(&*line) {
             self.waiting.extend_from_slice(&line);
-            if self.remembered.len() >= REMEMBERED {
+            self.remembered_bytes += line.len() + 64;
+            if self.remembered_bytes > REMEMBERED {
                 self.remembered.clear();
+                self.remembered_bytes = 0;
             }
             self.remembered.insert(line.freeze());
         }

@@ -140,11 +140,16 @@ impl Worker {
         }
         if !rest.touched {
             let table = &rest.planned.of.table.name;
-            self.target
-                .query(&statements::create_touched(rest.at, table, &rest.key))
-                .await
-                .doing(|| format!("gathering the keys of changed rows of {}", table.plain()))?;
-            rest.touched = true;
+            match self.target.query(&statements::create_touched(rest.at, table, &rest.key)).await {
+                Ok(_) => rest.touched = true,
+                // Without the right to make temporary tables, or to read the table.
+                Err(error) if error.sqlstate().is_some() => {
+                    tracing::warn!(%error, table = %table.plain(), "the keys of changed rows cannot be gathered on the target");
+                    rest.lose();
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
         }
         self.target.enter_copy(&format!("COPY {} FROM STDIN", statements::touched(rest.at))).await?;
         frontend::CopyData::new(&piece[..])?.write(self.target.outbound());
