@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -28,11 +29,11 @@ const WORTH_A_TURN: u64 = 8 << 20;
 const ROOM: &str = "
     SELECT pg_catalog.set_config('maintenance_work_mem', GREATEST(
                (SELECT setting::int8 FROM pg_catalog.pg_settings WHERE name = 'maintenance_work_mem'),
-               LEAST((SELECT setting::int8 * 8 FROM pg_catalog.pg_settings WHERE name = 'shared_buffers') / 4, 1048576)
+               LEAST((SELECT setting::int8 * 8 FROM pg_catalog.pg_settings WHERE name = 'shared_buffers') / (2 * $1::int8), 1048576)
            )::text || 'kB', false),
            pg_catalog.set_config('max_parallel_maintenance_workers', GREATEST(
                pg_catalog.current_setting('max_parallel_maintenance_workers')::int8,
-               LEAST(pg_catalog.current_setting('max_parallel_workers')::int8 / $1, 4))::text, false),
+               LEAST(pg_catalog.current_setting('max_parallel_workers')::int8 / $1::int8, 4))::text, false),
            pg_catalog.set_config('synchronous_commit', 'off', false)";
 
 /// Completes tables, some at a time. Dropped, it stops.
@@ -49,6 +50,7 @@ struct Shared {
     turns: Semaphore,
     idle: Mutex<Vec<Session>>,
     analyzed: Mutex<HashSet<QualifiedName>>,
+    put_off: AtomicBool,
 }
 
 impl Finish {
@@ -61,6 +63,7 @@ impl Finish {
             turns: Semaphore::new(workers.get()),
             idle: Mutex::default(),
             analyzed: Mutex::default(),
+            put_off: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared), missing: Mutex::new(missing), tasks: Mutex::default() }
     }
@@ -82,6 +85,13 @@ impl Finish {
         // What is done is let go of.
         while tasks.try_join_next().is_some() {}
         tasks.spawn(work);
+    }
+
+    /// Whether something could not be done: an index may be there without its key, which pg_restore would make with its index. To be
+    /// asked after [`Finish::rest`]; then what is missing is to be found out and tried once more.
+    #[must_use]
+    pub fn has_put_off(&self) -> bool {
+        self.shared.put_off.load(Ordering::Relaxed)
     }
 
     /// Completes all tables that were not begun yet, and waits for everything. Returns those whose statistics are gathered.
@@ -111,7 +121,7 @@ async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
     }
     let mut then = Vec::new();
     while let Some(built) = building.join_next().await {
-        then.extend(built.ok().flatten().into_iter().flat_map(|index| index.then));
+        then.extend(built.ok().flatten().and_then(|index| index.key));
     }
     if then.is_empty() && !missing.analyze {
         return;
@@ -130,14 +140,14 @@ async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
     match done {
         Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
         Ok(()) => {}
-        Err(error) => tracing::info!(%error, table = %table.plain(), "the table is completed later"),
+        Err(error) => shared.put_off(&error, &table),
     }
 }
 
 /// All of a small table in one transaction: with thousands of them, it is their number that counts.
 async fn complete_at_once(shared: &Shared, table: QualifiedName, missing: Missing) {
     let creates = missing.indexes.iter().filter_map(|index| index.create.clone());
-    let then = missing.indexes.iter().flat_map(|index| index.then.iter().cloned());
+    let then = missing.indexes.iter().filter_map(|index| index.key.clone());
     let mut statements: Vec<String> = creates.chain(then).collect();
     if missing.analyze {
         statements.push(format!("ANALYZE {table}"));
@@ -148,7 +158,7 @@ async fn complete_at_once(shared: &Shared, table: QualifiedName, missing: Missin
     match shared.in_turn(async |session| Ok(session.batch_execute(&statements.join(";\n")).await?)).await {
         Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
         Ok(()) => {}
-        Err(error) => tracing::info!(%error, table = %table.plain(), "the table is completed later"),
+        Err(error) => shared.put_off(&error, &table),
     }
 }
 
@@ -164,13 +174,19 @@ async fn build(shared: Arc<Shared>, index: Index) -> Option<Index> {
             Some(index)
         }
         Err(error) => {
-            tracing::info!(%error, index = %index.name.plain(), "the index is built later");
+            shared.put_off(&error, &index.name);
             None
         }
     }
 }
 
 impl Shared {
+    /// Something was not done. It is found missing later.
+    fn put_off(&self, error: &Error, what: &QualifiedName) {
+        self.put_off.store(true, Ordering::Relaxed);
+        tracing::info!(%error, "{} is completed later", what.plain());
+    }
+
     /// Does something on a session of the target, when it is its turn.
     async fn in_turn(&self, work: impl AsyncFnOnce(&Session) -> Result<()>) -> Result<()> {
         let _turn = self.turns.acquire().await.map_err(|_| Error::bug("no turn to build an index"))?;

@@ -149,7 +149,9 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
         exporter.close().await;
         return Ok(());
     }
-    let count = context.settings.workers.get().min(plan.units.len()).max(1);
+    // One that goes on may turn out to begin anew, with many more units.
+    let goes_on = plan.tables.iter().any(|planned| matches!(planned.manner, Manner::Rest(_)));
+    let count = context.settings.workers.get().min(if goes_on { usize::MAX } else { plan.units.len() });
     let mut workers = connect(context, cut, count).await?;
     exporter.close().await;
     if let Some(worker) = workers.first_mut() {

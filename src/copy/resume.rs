@@ -15,7 +15,8 @@
 //! This happens in one transaction of the target, together with the units' new cut. A death before it leaves the units as they
 //! were, and the next run asks the stream from their cut on. The stream is read for this without confirming anything.
 //!
-//! Where a change names no key (no key is known, a value of it was left out, the table was truncated), the table begins anew.
+//! Where a change names no key (no key is known, the stream tells rows by another one, a value of it was left out), or where the stream does
+//! not name every change (the table was published in another way, or not all the time), the table begins anew.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use std::collections::{HashMap, HashSet};
@@ -153,6 +154,7 @@ async fn read(context: &Context, rests: &mut [Rest<'_>], since: Lsn, until: Lsn,
     }
     for rest in rests {
         worker.send_keys(rest).await?;
+        rest.remembered = HashSet::new();
     }
     stream.close().await;
     spooling.begin(Source { source, store, publications: &publications }).await
@@ -198,6 +200,13 @@ impl Rest<'_> {
     }
 
     fn places(&self, relation: &Relation) -> Option<Vec<usize>> {
+        // What tells the old row: the key that we know, or all of it.
+        let mut told = relation.columns.iter().filter(|column| column.key);
+        let same = told.clone().count() == self.key.len()
+            && told.all(|column| self.key.iter().any(|known| known.name == column.name));
+        if relation.identity != b'f' && !same {
+            return None;
+        }
         let place = |column: &KeyColumn| relation.columns.iter().position(|there| there.name == column.name);
         let places: Vec<usize> = self.key.iter().map(place).collect::<Option<_>>()?;
         (!places.is_empty()).then_some(places)

@@ -181,13 +181,15 @@ pub(super) struct KeyColumn {
     pub equality: String,
 }
 
-/// `$1`: a table. Each column of its primary key and of its replica identity, with its equality.
+/// `$1`: a table. Each column of its primary key and of its replica identity, with its equality, which is that of its type; a key that goes
+/// by another one, such as a period without overlaps, is none here.
 pub(super) const EQUALITIES: &str = "
     SELECT DISTINCT a.attname::text, pg_catalog.format('OPERATOR(%I.%s)', opn.nspname, op.oprname)
     FROM pg_catalog.pg_index i
     CROSS JOIN LATERAL unnest(i.indkey::int2[], i.indclass::oid[]) k(attnum, opclass)
     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-    JOIN pg_catalog.pg_opclass oc ON oc.oid = k.opclass
+    JOIN pg_catalog.pg_opclass oc ON oc.oid = k.opclass AND oc.opcdefault
+    JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
     JOIN pg_catalog.pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopmethod = oc.opcmethod AND ao.amopstrategy = 3
          AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype
     JOIN pg_catalog.pg_operator op ON op.oid = ao.amopopr

@@ -11,15 +11,26 @@ use crate::postgres::replication::Cut;
 use crate::postgres::{QualifiedName, Session};
 use crate::state::{Begun, TableRecord, TableState};
 
-/// `$1`: oids of tables. What tells a table from another one, and from itself before it was rewritten or its columns changed: as long
-/// as this is the same, a row that nobody touched stands where it stood.
+/// `$1`: oids of tables, `$2`: names of our publications. What tells a table from another one, and from itself before it was rewritten,
+/// its columns changed, or the stream told of its changes in another way, or not at all: that it is published by the same entry
+/// (of its own, or of a partitioned table above it, to which it always belonged), and what identifies its rows. As long as this is the
+/// same, a row that nobody touched stands where it stood, and whoever touched one is in the stream.
 const SHAPES: &str = "
     SELECT c.oid,
-           c.oid || ' ' || c.relfilenode || ' ' || COALESCE((
-               SELECT pg_catalog.hashtextextended(string_agg(pg_catalog.quote_ident(a.attname) || ' '
-                      || pg_catalog.format_type(a.atttypid, a.atttypmod) || a.attgenerated::text, ', ' ORDER BY a.attnum), 0)
-               FROM pg_catalog.pg_attribute a
-               WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped), 0)
+           pg_catalog.concat_ws(' ', c.oid, c.relfilenode, c.relreplident,
+               (SELECT pg_catalog.hashtextextended(string_agg(pg_catalog.concat_ws(' ', a.attnum, pg_catalog.quote_ident(a.attname),
+                       pg_catalog.format_type(a.atttypid, a.atttypmod), a.attgenerated), ', ' ORDER BY a.attnum), 0)
+                FROM pg_catalog.pg_attribute a
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+               (SELECT string_agg(i.indexrelid || ':' || i.indkey::text, ',' ORDER BY i.indexrelid)
+                FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)),
+               (SELECT string_agg(r.oid::text, ',' ORDER BY r.oid)
+                FROM pg_catalog.pg_publication_rel r
+                JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid AND p.pubname = ANY ($2)
+                WHERE r.prrelid = c.oid OR r.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid))),
+               (SELECT string_agg(h.inhparent || ':' || h.xmin::text, ',' ORDER BY h.inhparent)
+                FROM pg_catalog.pg_inherits h
+                WHERE h.inhrelid = c.oid OR h.inhrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid))))
     FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1)";
 
 /// Types whose binary form is the same from 13 to 18, whatever a server is set to; their arrays as well.
@@ -77,7 +88,8 @@ impl Survey {
         let begun = begun(context).await?;
         let wanted =
             tables.iter().filter(|table| table.bytes > context.settings.split_above || begun.contains_key(&table.name));
-        let shapes = shapes(&session, wanted.map(|table| table.oid).collect()).await?;
+        let publications = [context.store.name().publication(), context.store.name().insert_publication()];
+        let shapes = shapes(&session, wanted.map(|table| table.oid).collect(), &publications).await?;
         let alike = alike(&session, context).await?;
         session.batch_execute("COMMIT").await?;
         let tables = without_those_to_come(context, tables).await?;
@@ -135,8 +147,11 @@ async fn begun(context: &Context) -> Result<HashMap<QualifiedName, Begun>> {
     Ok(begun)
 }
 
-async fn shapes(session: &Session, oids: Vec<u32>) -> Result<HashMap<u32, String>> {
-    let rows = session.query(SHAPES, &[&oids]).await.doing(|| "looking at the tables that are copied in parts")?;
+async fn shapes(session: &Session, oids: Vec<u32>, publications: &[String]) -> Result<HashMap<u32, String>> {
+    let rows = session
+        .query(SHAPES, &[&oids, &publications])
+        .await
+        .doing(|| "looking at the tables that are copied in parts")?;
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 

@@ -161,12 +161,10 @@ impl Worker {
     /// Makes what is there of a table the rows that the cut shows in its ranges; see [`super::resume`].
     pub(super) async fn bring_to_cut(&mut self, context: &Context, cut: &Cut, rest: &Rest<'_>) -> Result<()> {
         let table = &rest.planned.of.table;
-        lock(&mut self.source, &context.source, table, &context.telemetry).await?;
         self.target.query("BEGIN").await?;
         if rest.touched {
-            self.copy_touched(rest).await?;
+            self.copy_touched(context, rest).await?;
         }
-        self.source.query(statements::RELEASE).await?;
         let name = context.store.name().as_str();
         let record = if rest.planned.parts > 0 {
             units_at_sql(name, &table.name, cut.lsn)
@@ -186,10 +184,12 @@ impl Worker {
         Ok(())
     }
 
-    async fn copy_touched(&mut self, rest: &Rest<'_>) -> Result<()> {
+    async fn copy_touched(&mut self, context: &Context, rest: &Rest<'_>) -> Result<()> {
         let (of, key) = (&rest.planned.of, &rest.key);
         let form = if of.binary { Form::Binary } else { Form::Text };
         self.target.query(&statements::delete_touched(rest.at, &of.table.name, key)).await?;
+        // Not before: nobody on the source waits for what this takes on the target.
+        lock(&mut self.source, &context.source, &of.table, &context.telemetry).await?;
         self.source.query(statements::LOOK_UP).await?;
         let write = statements::write(&of.table, false, form);
         let mut rows = 0;
@@ -202,6 +202,7 @@ impl Worker {
             let read = statements::read_touched(&of.table, key, &keys, &rest.ranges, form);
             rows += pump::forward((&mut self.source, &read), (&mut self.target, &write), form, &mut ()).await?.rows;
         }
+        self.source.query(statements::RELEASE).await?;
         tracing::info!(table = %of.table.name.plain(), rows, "copied again the rows that changed since the copy of the table began");
         Ok(())
     }

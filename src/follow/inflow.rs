@@ -170,10 +170,20 @@ impl Inflow {
         Ok(Some(confirmed))
     }
 
-    /// Ends it, so that the slot is free at once. Whoever fills the spool goes on.
+    /// Ends it, so that the slot is free at once. Whoever fills the spool goes on, unless it was told to stop already: that is waited for,
+    /// or it would stop the one who fills it next.
     pub async fn close(self) {
-        if let State::Live(stream) = self.state {
-            stream.close().await;
+        match self.state {
+            State::Live(stream) => stream.close().await,
+            State::Spool(replay) => match replay.stage {
+                Stage::Ending(task) => drop(task.await),
+                Stage::Opening(task) => {
+                    if let Ok(Ok(stream)) = task.await {
+                        stream.close().await;
+                    }
+                }
+                Stage::Playing | Stage::Ended => {}
+            },
         }
     }
 }

@@ -19,10 +19,11 @@ use crate::postgres::{QualifiedName, Session, quote_identifier};
 pub struct Index {
     /// Schema and name.
     pub name: QualifiedName,
-    /// CREATE INDEX; `None` if it is there, and only what follows is missing.
+    /// CREATE INDEX, with the marks of one that is behind no key, as one transaction: pg_restore makes them together, too, and asks no
+    /// more for those of an index that is there. `None` if it is there, and only what follows is missing.
     pub create: Option<String>,
-    /// What follows once it is there: its key is declared, marks are set. Each needs the table for itself, for a moment.
-    pub then: Vec<String>,
+    /// What declares its key, with its marks, as one transaction. It needs the table for itself, for a moment.
+    pub key: Option<String>,
 }
 
 /// What a table needs once its rows are in.
@@ -98,23 +99,28 @@ pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> R
             continue;
         }
         let (table, name) = (QualifiedName::new(&schema, table), QualifiedName::new(&schema, name));
-        let mut then = Vec::new();
-        if let Some(kind) = kind {
-            then.push(declaration(&table, &name.name, &kind, row.try_get(5)?, row.try_get(6)?));
-        }
-        then.extend(row.try_get::<_, Vec<String>>(9)?);
+        let mut marks: Vec<String> = row.try_get(9)?;
         if row.try_get(7)? {
-            then.push(format!("ALTER TABLE {table} CLUSTER ON {}", quote_identifier(&name.name)));
+            marks.push(format!("ALTER TABLE {table} CLUSTER ON {}", quote_identifier(&name.name)));
         }
         if row.try_get(8)? {
-            then.push(format!(
+            marks.push(format!(
                 "ALTER TABLE ONLY {table} REPLICA IDENTITY USING INDEX {}",
                 quote_identifier(&name.name)
             ));
         }
-        let create = if there.contains(&name) { None } else { Some(row.try_get(3)?) };
+        let definition: String = row.try_get(3)?;
+        let with = |first: String| std::iter::once(first).chain(marks.iter().cloned()).collect::<Vec<_>>().join(";\n");
+        let (create, key) = match kind {
+            Some(kind) => {
+                let declaration = declaration(&table, &name.name, &kind, row.try_get(5)?, row.try_get(6)?);
+                (definition, Some(with(declaration)))
+            }
+            None => (with(definition), None),
+        };
+        let create = (!there.contains(&name)).then_some(create);
         if let Some(missing) = missing.get_mut(&table) {
-            missing.indexes.push(Index { name, create, then });
+            missing.indexes.push(Index { name, create, key });
             missing.bytes += u64::try_from(row.try_get::<_, i64>(10)?).unwrap_or(0);
         }
     }

@@ -117,8 +117,13 @@ impl Store {
     /// # Errors
     /// The connection's.
     pub async fn forget_units(&self, table: &QualifiedName) -> Result<()> {
-        self.execute(&forget_units_sql(self.name().as_str(), table))
-            .await
-            .doing(|| format!("forgetting the units of table {}", table.plain()))
+        let name = self.name().as_str();
+        // Without its shape, what may still be committed counts no more either.
+        let sql = format!(
+            "UPDATE pgtandem.copy_table SET shape = NULL WHERE {}; {}",
+            this_table(name, table),
+            forget_units_sql(name, table)
+        );
+        self.execute(&sql).await.doing(|| format!("forgetting the units of table {}", table.plain()))
     }
 }

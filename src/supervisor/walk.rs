@@ -175,10 +175,14 @@ impl<'a> Walk<'a> {
         }
         self.kit().await?;
         let mut tables = self.tables().await?;
+        s.telemetry.activity("building keys and indexes");
+        let mut analyzed = self.finish.rest().await;
+        if self.finish.has_put_off() {
+            self.prepare_to_finish().await?;
+            analyzed.extend(self.finish.rest().await);
+        }
         let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
         let restorer = self.restorer(kit);
-        s.telemetry.activity("building keys and indexes");
-        let analyzed = self.finish.rest().await;
         tables.retain(|table| !analyzed.contains(&table.name));
         restorer.after_data(s.config.copy.index_workers).await?;
         copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;

@@ -366,7 +366,13 @@ const CHANGING: &str = "
     create table unkeyed (id int, v text);
     alter table unkeyed replica identity full;
     create table twice (id int primary key, v text);
-    create table renewed (id int primary key, v text);";
+    create table renewed (id int primary key, v text);
+    create table named (id int not null, v text);
+    alter table named replica identity full;
+    create table widened (id int primary key, v text, x int);
+    create table parted (id int, v text, primary key (id)) partition by range (id);
+    create table part partition of parted default;
+    create table missed (id int primary key, v text);";
 
 const CHANGING_ROWS: &str = r"
     insert into changing
@@ -374,7 +380,11 @@ const CHANGING_ROWS: &str = r"
         from generate_series(1, 60000) i;
     insert into unkeyed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
     insert into twice select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
-    insert into renewed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;";
+    insert into renewed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
+    insert into named select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
+    insert into widened select i, repeat(md5(i::text), 5), 1 from generate_series(1, 40000) i;
+    insert into parted select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;
+    insert into missed select i, repeat(md5(i::text), 5) from generate_series(1, 40000) i;";
 
 /// Every way in which a row can change, leave its place, or come to another one.
 const CHANGES: &str = r"
@@ -428,7 +438,7 @@ async fn what_changes_between_two_starts_is_brought_into_the_units_that_are_ther
 async fn a_table_goes_on_only_where_every_change_can_be_told() {
     let mut moved = Move::configured(Cluster::pair().await, CHANGING, SLOW).await;
     moved.source.execute(CHANGING_ROWS).await;
-    let tables = ["unkeyed", "twice", "renewed", "changing"];
+    let tables = ["unkeyed", "twice", "renewed", "named", "widened", "part", "missed", "changing"];
     // Given that each of them was begun.
     for (at, table) in tables.into_iter().enumerate() {
         moved.context.settings.first = vec![TablePattern::new(table).unwrap()];
@@ -440,12 +450,26 @@ async fn a_table_goes_on_only_where_every_change_can_be_told() {
         there.insert(table, moved.written_by(table).await);
     }
 
-    // When a row without a key changes, a table is emptied and filled again, another one is made anew.
-    let changes = "
-        update unkeyed set v = 'changed' where id = 17;
+    // When a row without a key changes, a table is emptied and filled again, another one is made anew, one gets another identity, one
+    // a column in place of another, and two change while the stream does not tell of it.
+    let publication = moved.config.name.publication();
+    let changes = format!(
+        "update unkeyed set v = 'changed' where id = 17;
         truncate twice; insert into twice select generate_series(1, 5);
-        drop table renewed; create table renewed (id int primary key, v text); insert into renewed values (1, 'new')";
-    moved.source.execute(changes).await;
+        drop table renewed; create table renewed (id int primary key, v text); insert into renewed values (1, 'new');
+        update named set v = 'changed' where id = 17;
+        alter table named add primary key (id), replica identity default;
+        alter table widened drop column x; alter table widened add column x int default 7;
+        alter table parted detach partition part;
+        update part set v = 'changed' where id = 17;
+        alter table parted attach partition part default;
+        alter publication {publication} drop table missed;
+        update missed set v = 'changed' where id = 17;
+        alter publication {publication} add table only missed"
+    );
+    for statement in changes.split(';') {
+        moved.source.execute(statement).await;
+    }
     moved.context.settings.max_bytes_per_second = 0;
     let (walsender, cut) = moved.another_cut().await;
     assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
