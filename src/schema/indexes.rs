@@ -60,12 +60,12 @@ fn definitions() -> String {
     )
 }
 
-/// Tables with statistics objects, and partitions.
+/// Tables with statistics objects, partitions, and the partitioned tables above them.
 const ANALYZED_LATER: &str = "
     SELECT n.nspname::text, c.relname::text
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-    WHERE c.relkind = 'r'
-      AND (c.relispartition OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid))";
+    WHERE c.relkind = 'p'
+       OR c.relkind = 'r' AND (c.relispartition OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid))";
 
 /// Indexes of the target.
 const THERE: &str = "

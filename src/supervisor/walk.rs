@@ -208,7 +208,9 @@ impl<'a> Walk<'a> {
             return Ok(copy::Outcome::Stopped);
         }
         s.telemetry.copy_way(Way::Direct);
-        s.telemetry.activity("copying rows; keys and indexes are built after them, which takes its own time");
+        s.telemetry.activity(
+            "copying rows; keys and indexes are built as tables are complete, and the last of them after all rows",
+        );
         let (exporter, cut) = self.cut(&cancel).await?;
         if !self.schema_stands_at(&cut, &cancel).await? {
             return Ok(copy::Outcome::Stopped);
