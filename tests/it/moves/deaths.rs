@@ -146,7 +146,7 @@ async fn survives_copying(random: &mut Xorshift, kills: u64) -> u64 {
     let (mut deaths, mut with_units) = (0, 0);
     if versions_under_test().0 >= 14 {
         // One of them certainly leaves a table in part.
-        let mut daemon = stage.daemon(&[]);
+        let daemon = stage.daemon(&[]);
         wait_until("a unit is there", LONG, async || stage.state(UNITS).await.is_some()).await;
         daemon.kill();
         (deaths, with_units) = (1, 1);
