@@ -114,7 +114,7 @@ const LEFT: &str = "
 impl Left {
     async fn on(source: &Server, name: &MoveName) -> Result<Self> {
         let session = source.connect("clean").await?;
-        let publications = [name.publication(), name.insert_publication()];
+        let publications = name.publications();
         let row = session
             .query_one(LEFT, &[&name.slot(), &format!("fence_{name}"), &publications.as_slice()])
             .await

@@ -86,6 +86,12 @@ impl MoveName {
     pub fn insert_publication(&self) -> String {
         format!("pgtandem_{}_inserts", self.0)
     }
+
+    /// Both publications: together they are what the stream carries.
+    #[must_use]
+    pub fn publications(&self) -> [String; 2] {
+        [self.publication(), self.insert_publication()]
+    }
 }
 
 impl fmt::Display for MoveName {

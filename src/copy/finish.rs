@@ -72,8 +72,7 @@ impl Finish {
     ///
     /// # Errors
     /// It does not end; the connection's.
-    pub async fn end_leftovers(&self) -> Result<()> {
-        let target = &self.shared.target;
+    pub async fn end_leftovers(target: &Server) -> Result<()> {
         leftovers::end(&target.connect("control").await?, &target.application_name(SESSIONS)).await
     }
 
@@ -137,11 +136,7 @@ async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
             Ok(())
         })
         .await;
-    match done {
-        Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
-        Ok(()) => {}
-        Err(error) => shared.put_off(&error, &table),
-    }
+    shared.completed(done, table, missing.analyze);
 }
 
 /// All of a small table in one transaction: with thousands of them, it is their number that counts.
@@ -155,11 +150,8 @@ async fn complete_at_once(shared: &Shared, table: QualifiedName, missing: Missin
     if statements.is_empty() {
         return;
     }
-    match shared.in_turn(async |session| Ok(session.batch_execute(&statements.join(";\n")).await?)).await {
-        Ok(()) if missing.analyze => drop(lock(&shared.analyzed).insert(table)),
-        Ok(()) => {}
-        Err(error) => shared.put_off(&error, &table),
-    }
+    let done = shared.in_turn(async |session| Ok(session.batch_execute(&statements.join(";\n")).await?)).await;
+    shared.completed(done, table, missing.analyze);
 }
 
 /// Returns the index if it is there.
@@ -181,6 +173,15 @@ async fn build(shared: Arc<Shared>, index: Index) -> Option<Index> {
 }
 
 impl Shared {
+    /// What came of the last step of a table, with which its statistics were gathered or not.
+    fn completed(&self, outcome: Result<()>, table: QualifiedName, analyzed: bool) {
+        match outcome {
+            Ok(()) if analyzed => drop(lock(&self.analyzed).insert(table)),
+            Ok(()) => {}
+            Err(error) => self.put_off(&error, &table),
+        }
+    }
+
     /// Something was not done. It is found missing later.
     fn put_off(&self, error: &Error, what: &QualifiedName) {
         self.put_off.store(true, Ordering::Relaxed);

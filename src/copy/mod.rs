@@ -68,7 +68,7 @@ use crate::postgres::{QualifiedName, Server, Session, leftovers};
 use crate::state::{FinishedUnit, Store};
 use crate::telemetry::Telemetry;
 use plan::{Manner, Plan, Planned, Unit};
-use pump::{Form, Moved};
+use pump::Moved;
 use survey::Survey;
 use throttle::Throttle;
 use worker::Worker;
@@ -154,7 +154,7 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
     let count = context.settings.workers.get().min(if goes_on { usize::MAX } else { plan.units.len() });
     let mut workers = connect(context, cut, count).await?;
     exporter.close().await;
-    if let Some(worker) = workers.first_mut() {
+    if let Some(worker) = workers.first_mut().filter(|_| goes_on) {
         let lost = resume::settle(context, cut, &plan, worker).await?;
         if !lost.is_empty() {
             lost.iter().for_each(|table| survey.begin_anew(table));
@@ -239,8 +239,7 @@ async fn shown(
 ) -> Result<Vec<Table>> {
     session.batch_execute(&statements::import_snapshot(&cut.snapshot)).await.doing(|| "importing the snapshot")?;
     let tables = catalog::tables_in_scope(&**session, scope).await?;
-    let unpublished =
-        publication::unpublished(&**session, [name.publication(), name.insert_publication()], &tables).await?;
+    let unpublished = publication::unpublished(&**session, name.publications(), &tables).await?;
     match unpublished.iter().find(|table| !copied.contains(table)) {
         None => Ok(tables),
         Some(table) => Err(Error::new(
@@ -299,7 +298,7 @@ impl InFlight {
             Manner::Rest(units) => units,
             Manner::Whole | Manner::Parts => &[],
         };
-        let (rows, bytes) = (there.iter().map(|unit| unit.rows).sum(), there.iter().map(|unit| unit.bytes).sum());
+        let Moved { rows, bytes } = plan::total(there);
         let touched = !there.is_empty();
         Self {
             parts_left: AtomicUsize::new(planned.parts),
@@ -312,10 +311,6 @@ impl InFlight {
 
     fn table(&self) -> &Table {
         &self.planned.of.table
-    }
-
-    fn form(&self) -> Form {
-        if self.planned.of.binary { Form::Binary } else { Form::Text }
     }
 
     fn advanced(&self, more: Moved) {

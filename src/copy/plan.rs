@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 
+use super::pump::{Form, Moved};
 use crate::config::TablePattern;
 use crate::postgres::QualifiedName;
 use crate::postgres::catalog::{ReplicaIdentity, Table};
@@ -55,6 +56,22 @@ pub struct Candidate {
     pub binary: bool,
     /// Its rows are checked against those of other tables: it comes last.
     pub late: bool,
+}
+
+impl Candidate {
+    /// How its rows are written down.
+    pub(super) fn form(&self) -> Form {
+        if self.binary { Form::Binary } else { Form::Text }
+    }
+}
+
+/// What units come to together.
+pub(super) fn total(units: &[FinishedUnit]) -> Moved {
+    let mut total = Moved::default();
+    for unit in units {
+        total += Moved { rows: unit.rows, bytes: unit.bytes };
+    }
+    total
 }
 
 /// A table that is not copied yet.

@@ -131,7 +131,7 @@ fn key(table: &Table, equalities: &HashMap<String, String>) -> Vec<KeyColumn> {
 /// Reads the stream from one cut to the other, and sends the keys of changed rows to the target.
 async fn read(context: &Context, rests: &mut [Rest<'_>], since: Lsn, until: Lsn, worker: &mut Worker) -> Result<()> {
     let Context { source, store, spooling, .. } = context;
-    let publications = [store.name().publication(), store.name().insert_publication()];
+    let publications = store.name().publications();
     let from = Source { source, store, publications: &publications };
     // The slot serves one reader.
     spooling.end().await;

@@ -88,7 +88,7 @@ impl Survey {
         let begun = begun(context).await?;
         let wanted =
             tables.iter().filter(|table| table.bytes > context.settings.split_above || begun.contains_key(&table.name));
-        let publications = [context.store.name().publication(), context.store.name().insert_publication()];
+        let publications = context.store.name().publications();
         let shapes = shapes(&session, wanted.map(|table| table.oid).collect(), &publications).await?;
         let alike = alike(&session, context).await?;
         session.batch_execute("COMMIT").await?;
@@ -115,7 +115,8 @@ impl Survey {
             let (rows, bytes) = match (record.state, self.begun.get(&record.name)) {
                 (TableState::Copied, _) => (record.rows, record.bytes),
                 (_, Some(begun)) => {
-                    begun.units.iter().fold((0, 0), |(rows, bytes), u| (rows + u.rows, bytes + u.bytes))
+                    let there = plan::total(&begun.units);
+                    (there.rows, there.bytes)
                 }
                 _ => (0, 0),
             };

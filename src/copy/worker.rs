@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use postgres_protocol::message::frontend;
 
-use super::plan::{Manner, Unit};
-use super::pump::{self, Advance, Form, Moved};
+use super::plan::{self, Manner, Unit};
+use super::pump::{self, Advance, Moved};
 use super::resume::Rest;
 use super::statements::{self, Emptying};
 use super::{Context, InFlight, Job, SESSIONS, blockers};
@@ -101,7 +101,7 @@ impl Worker {
         if !table.touched.swap(true, Ordering::Relaxed) {
             telemetry.copy_state(&table.table().name, TableState::Copying);
         }
-        let form = table.form();
+        let form = table.planned.of.form();
         let read = statements::read(table.table(), unit.blocks, form);
         let write = statements::write(table.table(), truncated, form);
         let mut tell = Tell::new(job, table);
@@ -172,9 +172,7 @@ impl Worker {
             let Manner::Rest(units) = &rest.planned.manner else {
                 return Err(Error::bug("a table that does not go on"));
             };
-            let add =
-                |sum: Moved, unit: &FinishedUnit| Moved { rows: sum.rows + unit.rows, bytes: sum.bytes + unit.bytes };
-            parts_copied_sql(context, cut, &table.name, units.iter().fold(Moved::default(), add))
+            parts_copied_sql(context, cut, &table.name, plan::total(units))
         };
         commit(&mut self.target, context, &record).await?;
         if rest.planned.parts == 0 {
@@ -186,7 +184,7 @@ impl Worker {
 
     async fn copy_touched(&mut self, context: &Context, rest: &Rest<'_>) -> Result<()> {
         let (of, key) = (&rest.planned.of, &rest.key);
-        let form = if of.binary { Form::Binary } else { Form::Text };
+        let form = of.form();
         self.target.query(&statements::delete_touched(rest.at, &of.table.name, key)).await?;
         // Not before: nobody on the source waits for what this takes on the target.
         lock(&mut self.source, &context.source, &of.table, &context.telemetry).await?;

@@ -149,7 +149,7 @@ pub(super) async fn publications(look: &Look<'_>) -> Result<Vec<Finding>> {
     if look.begun {
         return Ok(Vec::new());
     }
-    let ours = vec![look.config.name.publication(), look.config.name.insert_publication()];
+    let ours = look.config.name.publications().to_vec();
     let rows = look.source.client.query(PUBLICATIONS, &[&ours]).await?;
     let there = rows.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<Vec<String>>>()?;
     if there.is_empty() {

@@ -153,16 +153,15 @@ impl<'a> Walk<'a> {
     /// Finds out what tables need once they are copied. Where the schema comes with the stream, they have it.
     async fn prepare_to_finish(&mut self) -> Result<()> {
         let s = self.supervisor;
-        let workers = s.config.copy.index_workers;
-        self.finish = Arc::new(copy::Finish::new(&s.target, workers, HashMap::new()));
-        self.finish.end_leftovers().await?;
-        if self.schema_comes_with_the_stream().await? {
-            return Ok(());
-        }
-        let archive = &self.kit().await?.archive;
-        let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
-        let missing = schema::indexes::missing(&source, &target, archive).await?;
-        self.finish = Arc::new(copy::Finish::new(&s.target, workers, missing));
+        copy::Finish::end_leftovers(&s.target).await?;
+        let missing = if self.schema_comes_with_the_stream().await? {
+            HashMap::new()
+        } else {
+            let archive = &self.kit().await?.archive;
+            let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+            schema::indexes::missing(&source, &target, archive).await?
+        };
+        self.finish = Arc::new(copy::Finish::new(&s.target, s.config.copy.index_workers, missing));
         Ok(())
     }
 
@@ -574,8 +573,7 @@ impl<'a> Walk<'a> {
     }
 
     fn publications(&self) -> [String; 2] {
-        let name = &self.supervisor.config.name;
-        [name.publication(), name.insert_publication()]
+        self.supervisor.config.name.publications()
     }
 
     fn follower<'f>(&'f self, replica_role: bool, captured: bool, publications: &'f [String]) -> Follow<'f> {
