@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::error::{Doing, Error, Result};
+use crate::postgres::wire::Wire;
 use crate::postgres::{QualifiedName, Server, Session, leftovers};
 use crate::schema::indexes::{Index, Missing};
 
@@ -76,14 +77,47 @@ impl Finish {
         leftovers::end(&target.connect("control").await?, &target.application_name(SESSIONS)).await
     }
 
+    fn take(&self, table: &QualifiedName, wanted: impl FnOnce(&Missing) -> bool) -> Option<Missing> {
+        let mut missing = lock(&self.missing);
+        missing.get(table).is_some_and(wanted).then(|| missing.remove(table)).flatten()
+    }
+
     /// The rows of the table are in. Returns at once. A second call for the same table does nothing.
     pub(super) fn begin(&self, table: &QualifiedName) {
-        let Some(missing) = lock(&self.missing).remove(table) else { return };
+        let Some(missing) = self.take(table, |_| true) else { return };
         let work = complete(Arc::clone(&self.shared), table.clone(), missing);
         let mut tasks = lock(&self.tasks);
         // What is done is let go of.
         while tasks.try_join_next().is_some() {}
         tasks.spawn(work);
+    }
+
+    /// The same of tables that a worker filled, which completes those that are small itself: thousands of them wait for the disk more than for
+    /// a processor, and here as many wait at once as there are workers. All in one transaction: it is their number that counts.
+    ///
+    /// # Errors
+    /// The connection's. A refusal of the server puts these tables off.
+    pub(super) async fn complete(&self, target: &mut Wire, tables: &[&QualifiedName]) -> Result<()> {
+        let mut small = Vec::new();
+        for &table in tables {
+            match self.take(table, |missing| missing.bytes < WORTH_A_TURN) {
+                Some(missing) => small.push((table, missing)),
+                None => self.begin(table),
+            }
+        }
+        let statements = at_once(&small);
+        if statements.is_empty() {
+            return Ok(());
+        }
+        match target.query(&statements).await {
+            Err(error) if error.sqlstate().is_none() => return Err(error),
+            Err(error) => small.iter().for_each(|(table, _)| self.shared.put_off(&error, table)),
+            Ok(_) => {
+                let analyzed = small.iter().filter(|(_, missing)| missing.analyze).map(|(table, _)| (*table).clone());
+                lock(&self.shared.analyzed).extend(analyzed);
+            }
+        }
+        Ok(())
     }
 
     /// Whether something could not be done: an index may be there without its key, which pg_restore would make with its index. To be
@@ -139,19 +173,37 @@ async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
     shared.completed(done, table, missing.analyze);
 }
 
-/// All of a small table in one transaction: with thousands of them, it is their number that counts.
+/// All of a small table in one transaction.
 async fn complete_at_once(shared: &Shared, table: QualifiedName, missing: Missing) {
-    let creates = missing.indexes.iter().filter_map(|index| index.create.clone());
-    let then = missing.indexes.iter().filter_map(|index| index.key.clone());
-    let mut statements: Vec<String> = creates.chain(then).collect();
-    if missing.analyze {
-        statements.push(format!("ANALYZE {table}"));
-    }
+    let (analyze, small) = (missing.analyze, [(&table, missing)]);
+    let statements = at_once(&small);
     if statements.is_empty() {
         return;
     }
-    let done = shared.in_turn(async |session| Ok(session.batch_execute(&statements.join(";\n")).await?)).await;
-    shared.completed(done, table, missing.analyze);
+    let done = shared.in_turn(async |session| Ok(session.batch_execute(&statements).await?)).await;
+    shared.completed(done, table, analyze);
+}
+
+/// Everything that small tables need, in as few statements as there can be. The first index of each comes first, then the second: right
+/// after a statement that changed it, the server would have to read the table's definition again.
+fn at_once(tables: &[(&QualifiedName, Missing)]) -> String {
+    let most = tables.iter().map(|(_, missing)| missing.indexes.len()).max().unwrap_or(0);
+    let mut statements = Vec::new();
+    for at in 0..most {
+        for index in tables.iter().filter_map(|(_, missing)| missing.indexes.get(at)) {
+            match &index.at_once {
+                Some(at_once) => statements.push(at_once.as_str()),
+                None => statements.extend(index.create.iter().chain(&index.key).map(String::as_str)),
+            }
+        }
+    }
+    let analyzed = tables.iter().filter(|(_, missing)| missing.analyze).map(|(table, _)| table.to_string());
+    let analyzed = analyzed.collect::<Vec<_>>().join(", ");
+    let analyze = format!("ANALYZE {analyzed}");
+    if !analyzed.is_empty() {
+        statements.push(&analyze);
+    }
+    statements.join(";\n")
 }
 
 /// Returns the index if it is there.

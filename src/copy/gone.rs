@@ -39,7 +39,7 @@ pub(super) async fn settle(context: &Context, records: &[TableRecord], shown: &[
         let there = session.query_one(EXISTS, &[&name.schema, &name.name]).await.doing(doing)?.try_get(0)?;
         let began = record.state == TableState::Copying;
         let empty = if there && began { emptying(&session, name).await? + "; " } else { String::new() };
-        let copied = copied_sql(move_name, name, cut, 0, 0);
+        let copied = copied_sql(move_name, cut, &[(name, 0, 0)]);
         let fence = fence_sql(move_name, context.epoch);
         session.batch_execute(&format!("BEGIN; {empty}{copied}; {fence}; COMMIT")).await.doing(doing)?;
         tracing::warn!("the table {} is no longer among those that move; it is not copied", name.plain());

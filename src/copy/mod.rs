@@ -5,8 +5,8 @@
 //!
 //! # Why a death at any moment is survived
 //!
-//! *A table that one worker copies* is emptied, filled and recorded as `copied` in one target transaction. It is there
-//! whole, with its cut, or not at all.
+//! *A table that one worker copies* is emptied, filled and recorded as `copied` in one target transaction, small ones several of them.
+//! It is there whole, with its cut, or not at all.
 //!
 //! *A table that is copied in parts* passes through three durable steps:
 //!
@@ -49,7 +49,7 @@ mod worker;
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -288,7 +288,24 @@ impl Job {
     }
 
     fn next(&self, late: bool) -> Option<Unit> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front_if(|unit| unit.late == late)
+        self.queue().pop_front_if(|unit| unit.late == late)
+    }
+
+    /// Somebody holds one of these tables. They come again one by one, behind all others of their kind, so that it holds up itself alone.
+    fn give_back(&self, unit: &Unit) {
+        let mut queue = self.queue();
+        let behind = queue.iter().position(|other| other.late != unit.late).unwrap_or(queue.len());
+        for alone in unit.alone() {
+            queue.insert(behind, alone);
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Unit>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn table(&self, at: usize) -> Result<&InFlight> {
+        self.tables.get(at).ok_or_else(|| Error::bug("a unit without a table"))
     }
 }
 

@@ -5,6 +5,11 @@
 //! A table above `copy.split_above` is cut into many more units than there are workers. A worker that is done takes the next
 //! one, so all end at about the same time whatever a unit turns out to hold; and a death loses what was in flight, which is
 //! one unit of each worker.
+//!
+//! # Why small tables are one unit
+//!
+//! What a transaction and its statements take is more than what the rows of a small table take. So neighbours in the plan that are small
+//! go over together, each by a COPY of its own.
 
 use std::collections::HashMap;
 
@@ -24,14 +29,21 @@ pub struct Blocks {
 }
 
 /// What one worker copies in one go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {
-    /// Which of [`Plan::tables`].
-    pub table: usize,
-    /// `None`: the whole table.
-    pub blocks: Option<Blocks>,
+    /// What it holds.
+    pub content: Content,
     /// Begins only once every table that is not late is copied.
     pub late: bool,
+}
+
+/// Rows that are one transaction of the target; which of [`Plan::tables`] they are of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// All rows of these tables: one table, or several small ones.
+    Tables(Vec<usize>),
+    /// Some rows of a table.
+    Part(usize, Blocks),
 }
 
 /// How a table comes into the target.
@@ -111,6 +123,15 @@ const UNIT: u64 = 32 << 20;
 /// A table is never divided into many more units than this.
 const MOST_PARTS: u64 = 4096;
 
+/// A smaller table may go over together with others, in bytes of heap and TOAST.
+const SMALL: u64 = 256 << 10;
+
+/// So many small tables are one unit at most.
+const MOST_TOGETHER: usize = 32;
+
+/// So many columns they have at most: the servers' answers about all of them have to wait in a socket's buffer, see [`super::pump`].
+const MOST_COLUMNS: usize = 4096;
+
 /// Plans the copy of all `tables` that the state does not know as copied.
 ///
 /// Those that match one of `first` come first, in the order of `first`; then the largest, whose indexes take longest. `begun` is what
@@ -145,23 +166,74 @@ pub fn plan(
             }
             _ => (Manner::Whole, Vec::new()),
         };
-        let units: Vec<Option<Blocks>> = match manner {
-            Manner::Whole => vec![None],
-            _ => ranges.into_iter().map(Some).collect(),
+        let contents: Vec<Content> = match manner {
+            Manner::Whole => vec![Content::Tables(vec![at])],
+            Manner::Parts | Manner::Rest(_) => ranges.into_iter().map(|blocks| Content::Part(at, blocks)).collect(),
         };
-        plan.units.extend(units.iter().map(|&blocks| Unit { table: at, blocks, late: of.late }));
-        plan.tables.push(Planned { of, manner, parts: units.len(), begun: state == TableState::Copying });
+        let parts = contents.len();
+        plan.units.extend(contents.into_iter().map(|content| Unit { content, late: of.late }));
+        plan.tables.push(Planned { of, manner, parts, begun: state == TableState::Copying });
     }
+    let tables = &plan.tables;
     let place = |unit: &Unit| {
-        let table = plan.tables.get(unit.table).map(|planned| &planned.of.table);
+        let table = unit.first_table().and_then(|at| tables.get(at)).map(|planned| &planned.of.table);
         let wanted = table.and_then(|table| first.iter().position(|pattern| is_meant(pattern, table)));
         (unit.late, wanted.unwrap_or(first.len()), std::cmp::Reverse(table.map_or(0, |table| table.bytes)))
     };
     // Stable: the units of a table stay in the order of its blocks.
     let mut units = std::mem::take(&mut plan.units);
     units.sort_by_cached_key(place);
-    plan.units = units;
+    plan.units = together(units, &plan.tables);
     plan
+}
+
+/// Makes neighbours one unit where they are small. A table that an earlier run began stays alone: what the target holds of it is removed.
+fn together(units: Vec<Unit>, tables: &[Planned]) -> Vec<Unit> {
+    let columns_of = |content: &Content| {
+        let &Content::Tables(ref of) = content else { return None };
+        let of: Option<Vec<&Planned>> = of.iter().map(|&at| tables.get(at)).collect();
+        let of = of?;
+        let small = of.iter().all(|planned| planned.of.table.bytes <= SMALL && !planned.begun);
+        small.then(|| of.iter().map(|planned| planned.of.table.columns.len()).sum::<usize>())
+    };
+    let mut joined: Vec<Unit> = Vec::new();
+    let mut columns = None;
+    for unit in units {
+        let more = columns_of(&unit.content);
+        let both = columns.zip(more).map(|(columns, more)| columns + more).filter(|&both| both <= MOST_COLUMNS);
+        if let (Some(both), Some(Unit { content: Content::Tables(before), late }), Content::Tables(these)) =
+            (both, joined.last_mut(), &unit.content)
+            && *late == unit.late
+            && before.len() < MOST_TOGETHER
+        {
+            before.extend(these);
+            columns = Some(both);
+        } else {
+            joined.push(unit);
+            columns = more;
+        }
+    }
+    joined
+}
+
+impl Unit {
+    fn first_table(&self) -> Option<usize> {
+        match &self.content {
+            Content::Tables(tables) => tables.first().copied(),
+            Content::Part(table, _) => Some(*table),
+        }
+    }
+
+    /// Its tables, each in a unit of its own.
+    pub(super) fn alone(&self) -> Vec<Self> {
+        let late = self.late;
+        match &self.content {
+            Content::Tables(tables) => {
+                tables.iter().map(|&at| Self { content: Content::Tables(vec![at]), late }).collect()
+            }
+            Content::Part(..) => vec![self.clone()],
+        }
+    }
 }
 
 /// A partitioned table stands for its partitions.
@@ -273,7 +345,11 @@ mod tests {
 
     /// Names of the units' tables, without repetitions in a row.
     fn order(plan: &Plan) -> Vec<&str> {
-        let mut order: Vec<_> = plan.units.iter().map(|u| plan.tables[u.table].of.table.name.name.as_str()).collect();
+        let tables = plan.units.iter().flat_map(|unit| match &unit.content {
+            Content::Tables(tables) => tables.clone(),
+            Content::Part(table, _) => vec![*table],
+        });
+        let mut order: Vec<_> = tables.map(|at| plan.tables[at].of.table.name.name.as_str()).collect();
         order.dedup();
         order
     }
@@ -285,7 +361,7 @@ mod tests {
         let plan = plan(tables, &records, &HashMap::new(), &[], Some(SPLITTING));
         let planned: Vec<_> = plan.tables.iter().map(|p| (p.of.table.name.name.as_str(), p.begun)).collect();
         assert_eq!(planned, [("begun", true), ("new", false)]);
-        assert_eq!(plan.units.len(), 2);
+        assert_eq!(plan.units.len(), 2, "what was begun goes alone");
     }
 
     #[test]
@@ -297,6 +373,35 @@ mod tests {
         let first = [TablePattern::new("public.sm*").unwrap()];
         let wanted = plan(tables(), &[], &HashMap::new(), &first, Some(SPLITTING));
         assert_eq!(order(&wanted), ["small", "huge", "large"]);
+    }
+
+    #[test]
+    fn small_tables_go_over_together() {
+        let mut tables: Vec<Candidate> = (0..100).map(|at| table(&format!("t{at}"), 8192, 8192)).collect();
+        tables[99].late = true;
+        tables.push(table("large", 1 << 20, 1 << 20));
+        let records = [record("t98", TableState::Copying)];
+        let plan = plan(tables, &records, &HashMap::new(), &[], Some(SPLITTING));
+        let sizes: Vec<usize> = plan
+            .units
+            .iter()
+            .map(|unit| match &unit.content {
+                Content::Tables(tables) => tables.len(),
+                Content::Part(..) => 0,
+            })
+            .collect();
+        // The large one, those that are small, the one that was begun, the one that is late.
+        assert_eq!(sizes, [1, 32, 32, 32, 2, 1, 1]);
+        assert!(plan.tables.iter().all(|planned| planned.parts == 1));
+    }
+
+    #[test]
+    fn tables_of_very_many_columns_stay_alone() {
+        let mut wide = table("wide", 0, 0);
+        wide.table.columns = vec![wide.table.columns[0].clone(); 1600];
+        let plan = simply(vec![wide.clone(), wide.clone(), wide], None);
+        assert_eq!(plan.units[0].content, Content::Tables(vec![0, 1]));
+        assert_eq!(plan.units[1].content, Content::Tables(vec![2]));
     }
 
     #[test]

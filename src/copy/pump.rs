@@ -1,8 +1,11 @@
-//! Forwards the rows of one COPY from one server to the other, straight through.
+//! Forwards the rows of COPYs from one server to the other, straight through.
 //!
-//! A row leaves the source in a CopyData message, and that very message is what the target wants to read. So the bytes
-//! go on as they came: only the headers are walked, to count rows and to see the end. Nothing is parsed, nothing is
+//! A row leaves the source in a CopyData message, and that very message is what the target wants to read; so is the CopyDone at the
+//! end. So the bytes go on as they came: only the headers are walked, to count rows and to see the end. Nothing is parsed, nothing is
 //! framed again, and a row of 1 GiB takes no more memory than a small one. While one gulp is written, the next is read.
+//!
+//! Several COPYs are one string of statements on each side: the target reads the rows of the next one when it is done with those of the
+//! one before, so with small tables nobody waits for an answer.
 //!
 //! COPY's binary form begins with a header, which comes in one message with the first row, and ends with a trailer, which comes in a
 //! message of its own: there is one message more than there are rows.
@@ -16,8 +19,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use postgres_protocol::message::{backend, frontend};
 
-use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::wire::{self, Wire};
+use crate::error::{Class, Error, Result};
+use crate::postgres::wire::{self, Frame, Wire};
 
 /// How long a target may take to answer that it gave a COPY up.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -40,15 +43,28 @@ pub struct Moved {
     pub bytes: u64,
 }
 
-/// Hears how far a COPY is.
+/// One COPY from side to side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// What an error is told with where there are several passes, such as "copying the table public.t".
+    pub doing: String,
+    /// What the source runs: a COPY TO STDOUT.
+    pub read: String,
+    /// What the target runs: a COPY FROM STDIN of the same form.
+    pub write: String,
+    /// The form of both.
+    pub form: Form,
+}
+
+/// Hears how far COPYs are.
 pub trait Advance {
-    /// So much more went through. The COPY goes on when this is done, so it may take its time.
-    fn advanced(&mut self, more: Moved) -> impl Future<Output = ()> + Send;
+    /// So much more of a pass went through. The COPY goes on when this is done, so it may take its time.
+    fn advanced(&mut self, pass: usize, more: Moved) -> impl Future<Output = ()> + Send;
 }
 
 /// Nobody needs to know.
 impl Advance for () {
-    async fn advanced(&mut self, _: Moved) {}
+    async fn advanced(&mut self, _: usize, _: Moved) {}
 }
 
 impl std::ops::AddAssign for Moved {
@@ -58,110 +74,230 @@ impl std::ops::AddAssign for Moved {
     }
 }
 
-/// Runs `read` on the source and `write` on the target, both of the same form, and forwards every row.
+/// Runs `passes` one after another and forwards every row. Each side hears of all of them at once, so the next one begins without a word
+/// to and fro. The source runs `after` behind them.
+///
+/// Answers of the target are read when there is time. They must fit into a socket's buffer: see [`super::plan`].
 ///
 /// Not cancellation safe: when dropped, or after an error, both connections are good for nothing but being dropped.
 ///
 /// # Errors
 /// Those of either server, with the side named; class bug if the counts disagree.
 pub async fn forward(
-    (source, read): (&mut Wire, &str),
-    (target, write): (&mut Wire, &str),
-    form: Form,
+    source: &mut Wire,
+    target: &mut Wire,
+    passes: &[Pass],
+    after: &str,
     to_tell: &mut impl Advance,
-) -> Result<Moved> {
-    source.enter_copy(read).await.doing(|| "reading from the source")?;
-    target.enter_copy(write).await.doing(|| "writing to the target")?;
-    let mut walk = Walk { header: form == Form::Binary, ..Walk::default() };
-    loop {
-        let before = walk.moved;
-        let gulp = walk.take(source.inbound())?;
-        if walk.ended || walk.aside {
-            target.send(&gulp).await.doing(|| "writing to the target")?;
-        } else {
-            let (sent, read) = tokio::join!(target.send(&gulp), source.fill());
-            refused(target)?;
-            sent.doing(|| "writing to the target")?;
-            if let Err(error) = read {
-                return Err(give_up(target, &walk, error).await);
+) -> Result<Vec<Moved>> {
+    let read: Vec<&str> = passes.iter().map(|pass| pass.read.as_str()).chain([after]).collect();
+    let write: Vec<&str> = passes.iter().map(|pass| pass.write.as_str()).collect();
+    let mut way = Way {
+        source,
+        target,
+        passes,
+        walk: Walk::new(passes),
+        sent: Vec::new(),
+        taken: Vec::new(),
+        is_answered: false,
+    };
+    way.source.enter_copy(&read.join("; ")).await.map_err(|error| way.on_source(error))?;
+    way.target.enter_copy(&write.join("; ")).await.map_err(|error| way.on_target(error))?;
+    let mut gulp = Vec::new();
+    let mut has_ended = false;
+    while !has_ended {
+        gulp.clear();
+        has_ended = way.gulp(&mut gulp).await?;
+        way.pass_on(&gulp, has_ended).await?;
+        for (pass, more) in way.walk.advanced.drain(..) {
+            to_tell.advanced(pass, more).await;
+        }
+    }
+    way.finish().await
+}
+
+/// Both ends of [`forward`].
+struct Way<'a> {
+    source: &'a mut Wire,
+    target: &'a mut Wire,
+    passes: &'a [Pass],
+    walk: Walk,
+    /// Rows of each pass that is through, as the source counts them.
+    sent: Vec<u64>,
+    /// The same of the target.
+    taken: Vec<u64>,
+    /// The target has said its last word, which may come before anybody waits for it.
+    is_answered: bool,
+}
+
+/// Pieces of what the source sent, which follow one another on their way to the target.
+type Gulp = Vec<Bytes>;
+
+impl Way<'_> {
+    fn on_source(&self, error: Error) -> Error {
+        self.during(self.walk.pass, error.doing("reading from the source"))
+    }
+
+    fn on_target(&self, error: Error) -> Error {
+        self.during(self.taken.len(), error.doing("writing to the target"))
+    }
+
+    fn during(&self, pass: usize, error: Error) -> Error {
+        match self.passes.get(pass) {
+            Some(pass) if self.passes.len() > 1 => error.doing(pass.doing.as_str()),
+            _ => error,
+        }
+    }
+
+    /// Takes everything that was read from the source. True if that is all that there will ever be.
+    async fn gulp(&mut self, gulp: &mut Gulp) -> Result<bool> {
+        loop {
+            let piece = self.walk.take(self.source.inbound())?;
+            if !piece.is_empty() {
+                gulp.push(piece);
+            }
+            if !self.walk.is_aside {
+                return Ok(false);
+            }
+            let Some(frame) = self.source.buffered_message()? else { return Ok(false) };
+            match frame.tag {
+                backend::COMMAND_COMPLETE_TAG if self.sent.len() < self.passes.len() => {
+                    self.sent.push(wire::affected(&frame.body));
+                    self.walk.next(self.passes);
+                }
+                backend::READY_FOR_QUERY_TAG => return Ok(true),
+                backend::ERROR_RESPONSE_TAG => return Err(self.give_up(gulp, wire::error_of(&frame.body)).await),
+                // CopyOutResponse of the next pass, the end of what comes after them, notices.
+                backend::COPY_OUT_RESPONSE_TAG
+                | backend::COMMAND_COMPLETE_TAG
+                | backend::NOTICE_RESPONSE_TAG
+                | backend::PARAMETER_STATUS_TAG
+                | backend::NOTIFICATION_RESPONSE_TAG => {}
+                tag => return Err(self.on_source(wire::unexpected(tag, "COPY TO STDOUT"))),
             }
         }
-        let Moved { rows, bytes } = walk.moved;
-        to_tell.advanced(Moved { rows: rows - before.rows, bytes: bytes - before.bytes }).await;
-        if walk.aside {
-            walk.skip_aside(source).await.doing(|| "reading from the source")?;
-        }
-        if walk.ended {
-            break;
+    }
+
+    /// Sends a gulp on while the next one is read.
+    async fn pass_on(&mut self, gulp: &Gulp, is_last: bool) -> Result<()> {
+        let joined;
+        let bytes = match &gulp[..] {
+            [piece] => piece,
+            // Of small tables: to send each piece alone would cost more.
+            pieces => {
+                joined = pieces.concat();
+                &joined[..]
+            }
+        };
+        let (sent, read) = if is_last {
+            (self.target.send(bytes).await, Ok(0))
+        } else {
+            tokio::join!(self.target.send(bytes), self.source.fill())
+        };
+        self.refused()?;
+        sent.map_err(|error| self.on_target(error))?;
+        match read {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.give_up(&[], error).await),
         }
     }
-    // CopyDone and the command tag, or the error that ended the COPY early.
-    let sent = match source.finish().await {
-        Ok(count) => count,
-        Err(error) => return Err(give_up(target, &walk, error).await),
-    };
-    frontend::copy_done(target.outbound());
-    target.flush().await.doing(|| "writing to the target")?;
-    let taken = target.finish().await.doing(|| "writing to the target")?;
-    if sent != walk.moved.rows || taken != walk.moved.rows {
-        return Err(Error::bug(format!(
-            "the source sent {sent} rows, {} passed through, the target took {taken}",
-            walk.moved.rows
-        )));
+
+    /// Looks, without waiting, whether the target ended a COPY with an error: it would read and throw away everything that follows.
+    fn refused(&mut self) -> Result<()> {
+        if let Some(read) = self.target.fill().now_or_never() {
+            read.map_err(|error| self.on_target(error))?;
+        }
+        while let Some(frame) = self.target.buffered_frame()? {
+            self.answered(&frame)?;
+        }
+        Ok(())
     }
-    Ok(walk.moved)
+
+    /// Takes an answer of the target.
+    fn answered(&mut self, frame: &Frame) -> Result<()> {
+        match frame.tag {
+            backend::COPY_IN_RESPONSE_TAG => {}
+            backend::COMMAND_COMPLETE_TAG => self.taken.push(wire::affected(&frame.body)),
+            backend::READY_FOR_QUERY_TAG => self.is_answered = true,
+            backend::ERROR_RESPONSE_TAG => return Err(self.on_target(wire::error_of(&frame.body))),
+            tag => return Err(self.on_target(wire::unexpected(tag, "COPY FROM STDIN"))),
+        }
+        Ok(())
+    }
+
+    /// The source failed: the target is told, so that its log says why, and the source's error is what counts. In the
+    /// middle of a row nothing can be told; dropping the connection ends the COPY just as well.
+    async fn give_up(&mut self, gulp: &[Bytes], error: Error) -> Error {
+        if self.walk.missing == 0 {
+            let told = async {
+                // The end of a row whose beginning is sent is among it.
+                self.target.send(&gulp.concat()).await?;
+                frontend::copy_fail("the source ended the COPY early", self.target.outbound())?;
+                self.target.flush().await?;
+                self.target.finish().await
+            };
+            // Expected to fail.
+            drop(tokio::time::timeout(FAREWELL, told).await);
+        }
+        self.on_source(error)
+    }
+
+    /// Everything is sent: hears the target out, and compares the counts.
+    async fn finish(mut self) -> Result<Vec<Moved>> {
+        while !self.is_answered {
+            let frame = self.target.frame().await.map_err(|error| self.on_target(error))?;
+            self.answered(&frame)?;
+        }
+        for pass in 0..self.passes.len() {
+            let (sent, taken) = (self.sent.get(pass).copied(), self.taken.get(pass).copied());
+            let rows = self.walk.moved.get(pass).map(|moved| moved.rows);
+            if rows.is_none() || sent != rows || taken != rows {
+                let error = Error::bug(format!(
+                    "the source sent {sent:?} rows, {rows:?} passed through, the target took {taken:?}"
+                ));
+                return Err(self.during(pass, error));
+            }
+        }
+        Ok(self.walk.moved)
+    }
 }
 
-/// Looks, without waiting, whether the target ended the COPY: it would read and throw away everything that follows.
-fn refused(target: &mut Wire) -> Result<()> {
-    match target.fill().now_or_never() {
-        None => return Ok(()),
-        Some(read) => read.doing(|| "writing to the target")?,
-    };
-    match target.buffered_frame()? {
-        None => Ok(()),
-        Some(frame) if frame.tag == backend::ERROR_RESPONSE_TAG => {
-            Err(wire::error_of(&frame.body).doing("writing to the target"))
-        }
-        Some(frame) => Err(wire::unexpected(frame.tag, "COPY FROM STDIN")),
-    }
-}
-
-/// The source failed: the target is told, so that its log says why, and the source's error is what counts. In the
-/// middle of a row nothing can be told; dropping the connection ends the COPY just as well.
-async fn give_up(target: &mut Wire, walk: &Walk, error: Error) -> Error {
-    let error = error.doing("reading from the source");
-    if walk.missing > 0 {
-        return error;
-    }
-    let told = async {
-        frontend::copy_fail("the source ended the COPY early", target.outbound())?;
-        target.flush().await?;
-        target.finish().await
-    };
-    // Expected to fail.
-    drop(tokio::time::timeout(FAREWELL, told).await);
-    error
-}
-
-/// Walks over the messages of a COPY TO STDOUT.
+/// Walks over the messages of COPYs TO STDOUT.
 #[derive(Debug, Default)]
 struct Walk {
-    moved: Moved,
+    /// What went through of each pass.
+    moved: Vec<Moved>,
+    /// What went through since that was told last, by pass.
+    advanced: Vec<(usize, Moved)>,
+    /// Which one is on its way.
+    pass: usize,
     /// The next CopyData is the one that is no row.
-    header: bool,
-    /// Bytes of the current CopyData that have not come yet.
+    has_header: bool,
+    /// Bytes of the current message that have not come yet.
     missing: usize,
-    /// Next is a message that ends the COPY.
-    ended: bool,
-    /// Next is a notice or the like, which is not for the target.
-    aside: bool,
+    /// Next is a message that is not for the target.
+    is_aside: bool,
 }
 
 impl Walk {
-    /// Takes everything from the front of `inbound` that belongs to CopyData messages, the last one in part.
+    fn new(passes: &[Pass]) -> Self {
+        let moved = vec![Moved::default(); passes.len()];
+        let has_header = passes.first().is_some_and(|pass| pass.form == Form::Binary);
+        Self { moved, has_header, ..Self::default() }
+    }
+
+    /// The pass is through.
+    fn next(&mut self, passes: &[Pass]) {
+        self.pass += 1;
+        self.has_header = passes.get(self.pass).is_some_and(|pass| pass.form == Form::Binary);
+    }
+
+    /// Takes everything from the front of `inbound` that belongs to CopyData and CopyDone messages, the last one in part: the target
+    /// wants to read both as they are.
     fn take(&mut self, inbound: &mut BytesMut) -> Result<Bytes> {
+        self.is_aside = false;
         let mut at = 0;
+        let mut more = Moved::default();
         loop {
             let here = self.missing.min(inbound.len() - at);
             self.missing -= here;
@@ -170,34 +306,23 @@ impl Walk {
             match tag {
                 backend::COPY_DATA_TAG => {
                     self.missing = length;
-                    self.moved.rows += u64::from(!std::mem::take(&mut self.header));
-                    self.moved.bytes += (length - 5) as u64;
+                    more.rows += u64::from(!std::mem::take(&mut self.has_header));
+                    more.bytes += (length - 5) as u64;
                 }
-                backend::NOTICE_RESPONSE_TAG | backend::PARAMETER_STATUS_TAG | backend::NOTIFICATION_RESPONSE_TAG => {
-                    self.aside = true;
-                    break;
-                }
+                backend::COPY_DONE_TAG => self.missing = length,
                 _ => {
-                    self.ended = true;
+                    self.is_aside = true;
                     break;
                 }
             }
         }
-        Ok(inbound.split_to(at).freeze())
-    }
-
-    /// Throws one message away that is not part of the COPY.
-    async fn skip_aside(&mut self, source: &mut Wire) -> Result<()> {
-        loop {
-            match wire::header(source.inbound())? {
-                Some((_, length)) if source.inbound().len() >= length => {
-                    drop(source.inbound().split_to(length));
-                    self.aside = false;
-                    return Ok(());
-                }
-                _ => source.fill().await?,
-            };
+        if more != Moved::default() {
+            self.advanced.push((self.pass, more));
+            if let Some(moved) = self.moved.get_mut(self.pass) {
+                *moved += more;
+            }
         }
+        Ok(inbound.split_to(at).freeze())
     }
 }
 
@@ -224,25 +349,33 @@ mod tests {
         message
     }
 
+    fn walk() -> Walk {
+        Walk::new(&[Pass { doing: String::new(), read: String::new(), write: String::new(), form: Form::Text }])
+    }
+
     proptest! {
         /// However the bytes arrive, every CopyData goes on unchanged, and nothing else does.
         #[test]
         fn rows_go_through_unchanged(rows: Vec<Vec<u8>>, cuts in proptest::collection::vec(1..40usize, 0..50)) {
-            let data: Vec<u8> = rows.iter().flat_map(|row| message(b'd', row)).collect();
-            let mut all = data.clone();
+            let mut all: Vec<u8> = rows.iter().flat_map(|row| message(b'd', row)).collect();
             all.extend(message(b'c', b""));
+            let data_and_end = all.clone();
+            all.extend(message(b'C', b"COPY 1\0"));
             let mut sizes = cuts.into_iter();
-            let (mut walk, mut inbound, mut forwarded, mut rest) = (Walk::default(), BytesMut::new(), Vec::new(), &*all);
+            let (mut walk, mut inbound, mut forwarded, mut rest) = (walk(), BytesMut::new(), Vec::new(), &*all);
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(sizes.next().unwrap_or(rest.len()).min(rest.len()));
                 inbound.extend_from_slice(now);
                 rest = later;
                 forwarded.extend_from_slice(&walk.take(&mut inbound).unwrap());
             }
-            prop_assert!(walk.ended && !walk.aside);
-            prop_assert_eq!(forwarded, data);
-            prop_assert_eq!(walk.moved.rows, rows.len() as u64);
-            prop_assert_eq!(walk.moved.bytes, rows.iter().map(Vec::len).sum::<usize>() as u64);
+            prop_assert!(walk.is_aside);
+            prop_assert_eq!(forwarded, data_and_end);
+            let all = Moved { rows: rows.len() as u64, bytes: rows.iter().map(Vec::len).sum::<usize>() as u64 };
+            prop_assert_eq!(walk.moved[0], all);
+            let mut told = Moved::default();
+            walk.advanced.iter().for_each(|&(_, more)| told += more);
+            prop_assert_eq!(told, all);
         }
     }
 
@@ -250,8 +383,8 @@ mod tests {
     fn a_notice_is_not_forwarded() {
         let mut inbound = BytesMut::from(&message(b'd', b"1\n")[..]);
         inbound.extend(message(b'N', b"hello"));
-        let mut walk = Walk::default();
+        let mut walk = walk();
         assert_eq!(walk.take(&mut inbound).unwrap(), message(b'd', b"1\n"));
-        assert!(walk.aside && !walk.ended);
+        assert!(walk.is_aside);
     }
 }

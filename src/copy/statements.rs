@@ -31,19 +31,24 @@ pub(super) fn import_snapshot(snapshot: &str) -> String {
 /// Ends a unit on the source: its lock goes, the snapshot stays.
 pub(super) const RELEASE: &str = "ROLLBACK TO SAVEPOINT unit";
 
-/// Locks a table against being rewritten, and asks whether it was since the cut.
+/// Locks tables against being rewritten, and asks which of them were since the cut.
 ///
 /// The row of `pg_class` is read as the snapshot shows it, while `pg_relation_filenode` answers for this moment. They
 /// differ after TRUNCATE, VACUUM FULL, CLUSTER and an ALTER TABLE that rewrites. The last one empties a table for older
 /// snapshots, and any of them moves rows between ranges of blocks.
-pub(super) fn lock(table: &Table) -> String {
+pub(super) fn lock(tables: &[&Table]) -> String {
+    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.name)).collect();
+    let row = |(at, table): (usize, &&Table)| {
+        let name = quote_literal(&table.name.to_string());
+        format!("({at}, {}::pg_catalog.oid, {name}::pg_catalog.regclass)", table.oid)
+    };
+    let rows: Vec<String> = tables.iter().enumerate().map(row).collect();
     format!(
-        "LOCK TABLE ONLY {name} IN ACCESS SHARE MODE;
-         SELECT c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) AND c.oid = {literal}::pg_catalog.regclass
-         FROM pg_catalog.pg_class c WHERE c.oid = {oid}",
-        name = table.name,
-        literal = quote_literal(&table.name.to_string()),
-        oid = table.oid,
+        "LOCK TABLE {} IN ACCESS SHARE MODE;
+         SELECT t.at FROM (VALUES {}) AS t (at, oid, of_this_name) LEFT JOIN pg_catalog.pg_class c ON c.oid = t.oid
+         WHERE (c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) AND c.oid = t.of_this_name) IS NOT TRUE",
+        names.join(", "),
+        rows.join(", "),
     )
 }
 
@@ -114,14 +119,26 @@ fn options(form: Form, frozen: bool) -> &'static str {
     }
 }
 
-/// Begins the transaction in which a table of the target is filled from nothing, with nobody else near it. Asks whether it
-/// is empty, and how it can be emptied: see [`how_to_empty`].
-pub(super) fn begin_alone(table: &QualifiedName) -> String {
+/// Begins the transaction in which tables of the target are filled from nothing, with nobody else near them. Asks of each in turn
+/// whether it has no block, and so no row.
+pub(super) fn begin_alone(tables: &[&QualifiedName]) -> String {
+    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {table}")).collect();
+    let rows: Vec<String> =
+        tables.iter().map(|table| quote_literal(&table.to_string()) + "::pg_catalog.regclass").collect();
+    // What another access method keeps elsewhere has no size here; 2 is heap.
     format!(
-        "BEGIN; LOCK TABLE ONLY {table} IN ACCESS EXCLUSIVE MODE;
-         SELECT NOT EXISTS (SELECT FROM ONLY {table}), {}",
-        how_to_empty(table)
+        "BEGIN; LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;
+         SELECT c.relam = 2 AND pg_catalog.pg_relation_size(c.oid) = 0
+         FROM pg_catalog.unnest(ARRAY[{}]) WITH ORDINALITY AS t (oid, at) JOIN pg_catalog.pg_class c ON c.oid = t.oid
+         ORDER BY t.at",
+        names.join(", "),
+        rows.join(", "),
     )
+}
+
+/// Asks whether a table of the target is empty, and how it can be emptied: see [`how_to_empty`].
+pub(super) fn is_empty(table: &QualifiedName) -> String {
+    format!("SELECT NOT EXISTS (SELECT FROM ONLY {table}), {}", how_to_empty(table))
 }
 
 /// Two expressions: whether a foreign key of another table refers to the table, which makes the server refuse TRUNCATE;

@@ -82,7 +82,9 @@ impl Survey {
         let session = context.source.connect("copy").await?;
         let copied = context.store.tables().await?.into_iter().filter(|table| table.state == TableState::Copied);
         let copied = copied.map(|table| table.name).collect();
-        let tables = shown(&session, &context.scope, context.store.name(), cut, &copied).await?;
+        let target = context.target.connect("copy").await?;
+        let tables = shown(&session, &context.scope, context.store.name(), cut, &copied);
+        let (tables, there) = tokio::try_join!(tables, tables_by_form(&target))?;
         let splitting = splitting(&session, &context.settings).await?;
         let late = late(&session).await?;
         let begun = begun(context).await?;
@@ -90,9 +92,10 @@ impl Survey {
             tables.iter().filter(|table| table.bytes > context.settings.split_above || begun.contains_key(&table.name));
         let publications = context.store.name().publications();
         let shapes = shapes(&session, wanted.map(|table| table.oid).collect(), &publications).await?;
-        let alike = alike(&session, context).await?;
+        let mut alike = tables_by_form(&session).await?;
+        alike.retain(|name, form| there.get(name) == Some(form));
         session.batch_execute("COMMIT").await?;
-        let tables = without_those_to_come(context, tables).await?;
+        let tables = without_those_to_come(context, &target, tables).await?;
         let sizes: Vec<(QualifiedName, u64)> = tables.iter().map(|table| (table.name.clone(), table.bytes)).collect();
         context.store.plan_tables(&sizes).await?;
         let mut records = context.store.tables().await?;
@@ -101,7 +104,7 @@ impl Survey {
         }
         let candidate = |table: Table| Candidate {
             shape: shapes.get(&table.oid).cloned().unwrap_or_default(),
-            binary: alike.contains(&table.name),
+            binary: alike.contains_key(&table.name),
             late: late.contains(&table.oid),
             table,
         };
@@ -156,30 +159,23 @@ async fn shapes(session: &Session, oids: Vec<u32>, publications: &[String]) -> R
     rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
-/// The tables whose rows can go over in COPY's binary form.
-async fn alike(source: &Session, context: &Context) -> Result<HashSet<QualifiedName>> {
-    let target = context.target.connect("copy").await?;
-    let forms = forms();
-    let ask = async |session: &Session| -> Result<HashMap<QualifiedName, i64>> {
-        let rows = session.query(&forms, &[]).await.doing(|| "comparing the types of columns")?;
-        let one = |row: &tokio_postgres::Row| {
-            Ok((QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }, row.try_get(2)?))
-        };
-        rows.iter().map(one).collect()
+/// Tables whose rows can go over in COPY's binary form, if they have the same digest on both sides.
+async fn tables_by_form(session: &Session) -> Result<HashMap<QualifiedName, i64>> {
+    let rows = session.query(&forms(), &[]).await.doing(|| "comparing the types of columns")?;
+    let one = |row: &tokio_postgres::Row| {
+        Ok((QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }, row.try_get(2)?))
     };
-    let (from, to) = (ask(source).await?, ask(&target).await?);
-    Ok(from.into_iter().filter(|(name, form)| to.get(name) == Some(form)).map(|(name, _)| name).collect())
+    rows.iter().map(one).collect()
 }
 
 /// Under a later cut: a table that the move does not know and the target does not have was made since the first one. Where schema
 /// changes come with the stream, it will come with its rows.
-async fn without_those_to_come(context: &Context, mut tables: Vec<Table>) -> Result<Vec<Table>> {
+async fn without_those_to_come(context: &Context, target: &Session, mut tables: Vec<Table>) -> Result<Vec<Table>> {
     let known: HashSet<QualifiedName> = context.store.tables().await?.into_iter().map(|table| table.name).collect();
     if !context.captured || known.is_empty() {
         return Ok(tables);
     }
-    let target = context.target.connect("copy").await?;
-    let there: HashSet<QualifiedName> = catalog::tables(&*target).await?.into_iter().map(|table| table.name).collect();
+    let there: HashSet<QualifiedName> = catalog::tables(&**target).await?.into_iter().map(|table| table.name).collect();
     tables.retain(|table| known.contains(&table.name) || there.contains(&table.name));
     Ok(tables)
 }

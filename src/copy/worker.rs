@@ -6,16 +6,16 @@ use std::time::{Duration, Instant};
 
 use postgres_protocol::message::frontend;
 
-use super::plan::{self, Manner, Unit};
-use super::pump::{self, Advance, Moved};
+use super::plan::{self, Blocks, Content, Manner};
+use super::pump::{self, Advance, Moved, Pass};
 use super::resume::Rest;
 use super::statements::{self, Emptying};
 use super::{Context, InFlight, Job, SESSIONS, blockers};
 use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::QualifiedName;
 use crate::postgres::catalog::Table;
 use crate::postgres::replication::Cut;
 use crate::postgres::wire::{Mode, Wire};
+use crate::postgres::{QualifiedName, Server};
 use crate::state::{
     FinishedUnit, TableState, copied_sql, fence_sql, forget_units_sql, only_the_leader, opened_sql, unit_sql,
     units_at_sql,
@@ -71,8 +71,18 @@ impl Worker {
     /// Works until nothing is left of what is late or is not.
     pub(super) async fn work(mut self, job: Arc<Job>, late: bool) -> Result<Self> {
         while let Some(unit) = job.next(late) {
-            let Some(table) = job.tables.get(unit.table) else { return Err(Error::bug("a unit without a table")) };
-            self.copy(&job, table, unit).await.doing(|| format!("copying the table {}", table.table().name.plain()))?;
+            match &unit.content {
+                Content::Part(table, blocks) => {
+                    let table = job.table(*table)?;
+                    self.copy_part(&job, table, *blocks).await.doing(|| copying(&[table]))?;
+                }
+                Content::Tables(tables) => {
+                    let tables = tables.iter().map(|&at| job.table(at)).collect::<Result<Vec<_>>>()?;
+                    if !self.copy_tables(&job, &tables).await.doing(|| copying(&tables))? {
+                        job.give_back(&unit);
+                    }
+                }
+            }
         }
         Ok(self)
     }
@@ -82,54 +92,72 @@ impl Worker {
         tokio::join!(self.source.close(), self.target.close());
     }
 
-    async fn copy(&mut self, job: &Job, table: &InFlight, unit: Unit) -> Result<()> {
-        let Context { source, target, telemetry, .. } = &job.context;
-        lock(&mut self.source, source, table.table(), telemetry).await?;
-        let whole = unit.blocks.is_none();
-        let truncated = if whole {
-            let pid = self.target.process_id();
-            let what = format!("emptying {} on the target", table.table().name.plain());
-            blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, table))
-                .await
-                .map_err(pump::explain_schema)?
-                == Emptying::Truncate
-        } else {
-            self.target.query("BEGIN").await?;
-            false
-        };
-        // Not before: a table that is recorded as `copying` may be emptied without a look.
-        if !table.touched.swap(true, Ordering::Relaxed) {
-            telemetry.copy_state(&table.table().name, TableState::Copying);
+    /// Fills whole tables, all of them in one transaction. False if one of several is taken, and none was touched.
+    async fn copy_tables(&mut self, job: &Job, tables: &[&InFlight]) -> Result<bool> {
+        let Context { source, target, telemetry, store, finish, .. } = &job.context;
+        match tables {
+            [table] => lock(&mut self.source, source, table.table(), telemetry).await?,
+            _ => {
+                let tables: Vec<&Table> = tables.iter().map(|table| table.table()).collect();
+                if !try_lock(&mut self.source, source, &tables, telemetry).await? {
+                    return Ok(false);
+                }
+            }
         }
-        let form = table.planned.of.form();
-        let read = statements::read(table.table(), unit.blocks, form);
-        let write = statements::write(table.table(), truncated, form);
-        let mut tell = Tell::new(job, table);
-        let moved = pump::forward((&mut self.source, &read), (&mut self.target, &write), form, &mut tell)
+        let pid = self.target.process_id();
+        let what = format!("emptying {} on the target", listed(tables));
+        let truncated = blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, tables))
             .await
             .map_err(pump::explain_schema)?;
-        tell.now();
-        self.source.query(statements::RELEASE).await?;
-        let (name, this) = (job.context.store.name().as_str(), &table.table().name);
-        let record = match unit.blocks {
-            None => copied_sql(name, this, job.cut.lsn, moved.rows, moved.bytes),
-            Some(blocks) => {
-                let unit = FinishedUnit { blocks, cut_lsn: job.cut.lsn, rows: moved.rows, bytes: moved.bytes };
-                unit_sql(name, this, unit)
-            }
-        };
-        commit(&mut self.target, &job.context, &record).await?;
-        let was_last = table.parts_left.fetch_sub(1, Ordering::AcqRel) == 1;
-        if was_last && !whole {
+        let frozen = truncated.into_iter().map(|emptying| emptying == Emptying::Truncate);
+        let passes: Vec<Pass> = tables.iter().zip(frozen).map(|(table, frozen)| pass(table, None, frozen)).collect();
+        let moved = self.forward(job, tables, &passes).await?;
+        let copied: Vec<_> =
+            tables.iter().zip(&moved).map(|(table, moved)| (&table.table().name, moved.rows, moved.bytes)).collect();
+        commit(&mut self.target, &job.context, &copied_sql(store.name().as_str(), job.cut.lsn, &copied)).await?;
+        let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.table().name).collect();
+        for (table, name) in tables.iter().zip(&names) {
+            table.parts_left.fetch_sub(1, Ordering::AcqRel);
+            telemetry.copy_state(name, TableState::Copied);
+        }
+        finish.complete(&mut self.target, &names).await?;
+        Ok(true)
+    }
+
+    /// Adds the rows of some blocks to a table that was opened before.
+    async fn copy_part(&mut self, job: &Job, table: &InFlight, blocks: Blocks) -> Result<()> {
+        let Context { source, telemetry, store, finish, .. } = &job.context;
+        let this = &table.table().name;
+        lock(&mut self.source, source, table.table(), telemetry).await?;
+        self.target.query("BEGIN").await?;
+        let moved = self.forward(job, &[table], &[pass(table, Some(blocks), false)]).await?;
+        let Moved { rows, bytes } = moved.first().copied().unwrap_or_default();
+        let unit = FinishedUnit { blocks, cut_lsn: job.cut.lsn, rows, bytes };
+        commit(&mut self.target, &job.context, &unit_sql(store.name().as_str(), this, unit)).await?;
+        if table.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.target.query("BEGIN").await?;
             commit(&mut self.target, &job.context, &parts_copied_sql(&job.context, &job.cut, this, table.so_far()))
                 .await?;
-        }
-        if was_last {
             telemetry.copy_state(this, TableState::Copied);
-            job.context.finish.begin(this);
+            finish.begin(this);
         }
         Ok(())
+    }
+
+    /// Forwards the rows of these tables, and lets go of their locks on the source.
+    async fn forward(&mut self, job: &Job, tables: &[&InFlight], passes: &[Pass]) -> Result<Vec<Moved>> {
+        // Not before: a table that is recorded as `copying` may be emptied without a look.
+        for table in tables {
+            if !table.touched.swap(true, Ordering::Relaxed) {
+                job.context.telemetry.copy_state(&table.table().name, TableState::Copying);
+            }
+        }
+        let mut tell = Tell::new(job, tables);
+        let moved = pump::forward(&mut self.source, &mut self.target, passes, statements::RELEASE, &mut tell)
+            .await
+            .map_err(pump::explain_schema)?;
+        tell.now();
+        Ok(moved)
     }
 
     /// Sends what waits of the keys of a table that goes on to the target.
@@ -198,7 +226,9 @@ impl Worker {
                 break;
             }
             let read = statements::read_touched(&of.table, key, &keys, &rest.ranges, form);
-            rows += pump::forward((&mut self.source, &read), (&mut self.target, &write), form, &mut ()).await?.rows;
+            let pass = Pass { doing: String::new(), read, write: write.clone(), form };
+            let moved = pump::forward(&mut self.source, &mut self.target, &[pass], "", &mut ()).await?;
+            rows += moved.iter().map(|moved| moved.rows).sum::<u64>();
         }
         self.source.query(statements::RELEASE).await?;
         tracing::info!(table = %of.table.name.plain(), rows, "copied again the rows that changed since the copy of the table began");
@@ -209,7 +239,7 @@ impl Worker {
 /// The last unit of a table is there: it is whole.
 fn parts_copied_sql(context: &Context, cut: &Cut, table: &QualifiedName, moved: Moved) -> String {
     let name = context.store.name().as_str();
-    let copied = copied_sql(name, table, cut.lsn, moved.rows, moved.bytes);
+    let copied = copied_sql(name, cut.lsn, &[(table, moved.rows, moved.bytes)]);
     format!("{copied}; {}", forget_units_sql(name, table))
 }
 
@@ -239,7 +269,7 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
     for table in divided {
         let name = &table.table().name;
         let opening = async {
-            begin_whole(&mut target, table).await?;
+            begin_whole(&mut target, &[table]).await?;
             let fence = fence_sql(store.name().as_str(), *epoch);
             let opened = opened_sql(store.name().as_str(), name, &table.planned.of.shape);
             target.query(&format!("{fence}; {opened}; COMMIT")).await.map_err(only_the_leader)
@@ -254,17 +284,32 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Begins the transaction in which a table is filled from nothing. What a table holds that we never touched is not
-/// ours to remove.
-async fn begin_whole(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
+/// Begins the transaction in which tables are filled from nothing, and tells how each was emptied. What a table holds that we never
+/// touched is not ours to remove.
+async fn begin_whole(target: &mut Wire, tables: &[&InFlight]) -> Result<Vec<Emptying>> {
+    let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.table().name).collect();
+    let rows = target.query(&statements::begin_alone(&names)).await?;
+    let mut emptied = Vec::new();
+    for (at, table) in tables.iter().enumerate() {
+        let has_no_block = rows.get(at).and_then(|row| row.first()?.as_deref()) == Some("t");
+        // To empty a table makes its files anew, which takes longer than to copy a small one.
+        emptied.push(if has_no_block && table.table().bytes < WORTH_FREEZING {
+            Emptying::Delete
+        } else {
+            empty(target, table).await?
+        });
+    }
+    Ok(emptied)
+}
+
+async fn empty(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
     let name = &table.table().name;
-    let rows = target.query(&statements::begin_alone(name)).await?;
+    let rows = target.query(&statements::is_empty(name)).await?;
     let said = |at: usize| rows.first().and_then(|row| row.get(at)?.as_deref()) == Some("t");
     let (is_empty, emptying) = (said(0), Emptying::of(name, said(1), said(2)));
     if !is_empty && !table.planned.begun {
         return Err(holds_strange_rows(name));
     }
-    // To empty a table makes its files anew, which takes longer than to copy a small one.
     if is_empty && table.table().bytes < WORTH_FREEZING {
         return Ok(Emptying::Delete);
     }
@@ -294,28 +339,37 @@ pub(crate) fn holds_strange_rows(table: &QualifiedName) -> Error {
     .hint(format!("if they may go: TRUNCATE {table} on the target, then start again"))
 }
 
-/// Locks the table for this unit, says who holds it if that takes long, and makes sure that the snapshot still shows
-/// all of it.
-async fn lock(wire: &mut Wire, server: &crate::postgres::Server, table: &Table, telemetry: &Telemetry) -> Result<()> {
-    let sql = statements::lock(table);
-    let what = format!("locking {} on the source", table.name.plain());
-    let rows = loop {
-        let pid = wire.process_id();
-        match blockers::explained(server, pid, &what, telemetry, wire.query(&sql)).await {
-            Ok(rows) => break rows,
-            Err(error) if matches!(error.sqlstate(), Some("55P03" | "40P01")) => {
-                wire.query(statements::RELEASE).await?;
-                tokio::time::sleep(STEP_ASIDE).await;
-            }
-            // Undefined table: dropped since the cut, which the next one shows.
-            Err(error) if error.sqlstate() == Some("42P01") => return Err(error.reclassed(Class::Retry)),
-            Err(error) => return Err(error.doing("reading from the source")),
-        }
-    };
-    if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") {
-        return Ok(());
+/// Locks the table for this unit. As long as somebody holds it, others get their turn now and then.
+async fn lock(wire: &mut Wire, server: &Server, table: &Table, telemetry: &Telemetry) -> Result<()> {
+    while !try_lock(wire, server, &[table], telemetry).await? {
+        tokio::time::sleep(STEP_ASIDE).await;
     }
-    Err(rewritten())
+    Ok(())
+}
+
+/// Locks the tables, says who holds them if that takes long, and makes sure that the snapshot still shows all of each. False if it
+/// took too long, or would have been a deadlock: none is locked then.
+async fn try_lock(wire: &mut Wire, server: &Server, tables: &[&Table], telemetry: &Telemetry) -> Result<bool> {
+    let what = match tables {
+        [table] => format!("locking {} on the source", table.name.plain()),
+        _ => format!("locking {} tables on the source", tables.len()),
+    };
+    let pid = wire.process_id();
+    let rows = match blockers::explained(server, pid, &what, telemetry, wire.query(&statements::lock(tables))).await {
+        Ok(rows) => rows,
+        Err(error) if matches!(error.sqlstate(), Some("55P03" | "40P01")) => {
+            wire.query(statements::RELEASE).await?;
+            return Ok(false);
+        }
+        // Undefined table: dropped since the cut, which the next one shows.
+        Err(error) if error.sqlstate() == Some("42P01") => return Err(error.reclassed(Class::Retry)),
+        Err(error) => return Err(error.doing("reading from the source")),
+    };
+    let at = rows.first().and_then(|row| row.first()?.as_deref()?.parse::<usize>().ok());
+    match at.and_then(|at| tables.get(at)) {
+        None => Ok(true),
+        Some(table) => Err(rewritten().doing(format!("reading {}", table.name.plain()))),
+    }
 }
 
 /// The snapshot does not show all of the table any more.
@@ -327,29 +381,61 @@ pub(super) fn rewritten() -> Error {
     )
 }
 
-/// Passes a table's progress on in steps that are worth a report, and keeps the copy below its bound.
+/// One COPY of a table, or of some of its blocks. `frozen`: the table was truncated in the same transaction.
+fn pass(table: &InFlight, blocks: Option<Blocks>, frozen: bool) -> Pass {
+    let form = table.planned.of.form();
+    let read = statements::read(table.table(), blocks, form);
+    let write = statements::write(table.table(), frozen, form);
+    Pass { doing: copying(&[table]), read, write, form }
+}
+
+fn copying(tables: &[&InFlight]) -> String {
+    match tables {
+        [table] => format!("copying the table {}", table.table().name.plain()),
+        _ => format!("copying {}", listed(tables)),
+    }
+}
+
+/// `public.a`, or `public.a and 31 other tables`.
+fn listed(tables: &[&InFlight]) -> String {
+    match tables {
+        [] => "no table".to_owned(),
+        [table] => table.table().name.plain(),
+        [first, others @ ..] => format!("{} and {} other small tables", first.table().name.plain(), others.len()),
+    }
+}
+
+/// Passes the progress of tables on in steps that are worth a report, and keeps the copy below its bound.
 struct Tell<'a> {
     job: &'a Job,
-    table: &'a InFlight,
+    tables: &'a [&'a InFlight],
+    /// Which of them is on its way.
+    at: usize,
     waiting: Moved,
     last: Instant,
 }
 
 impl<'a> Tell<'a> {
-    fn new(job: &'a Job, table: &'a InFlight) -> Self {
-        Self { job, table, waiting: Moved::default(), last: Instant::now() }
+    fn new(job: &'a Job, tables: &'a [&'a InFlight]) -> Self {
+        Self { job, tables, at: 0, waiting: Moved::default(), last: Instant::now() }
     }
 
     fn now(&mut self) {
         let waiting = std::mem::take(&mut self.waiting);
-        self.table.advanced(waiting);
-        self.job.context.telemetry.copy_advanced(&self.table.table().name, waiting.rows, waiting.bytes);
+        if let Some(table) = self.tables.get(self.at) {
+            table.advanced(waiting);
+            self.job.context.telemetry.copy_advanced(&table.table().name, waiting.rows, waiting.bytes);
+        }
         self.last = Instant::now();
     }
 }
 
 impl Advance for Tell<'_> {
-    async fn advanced(&mut self, more: Moved) {
+    async fn advanced(&mut self, pass: usize, more: Moved) {
+        if pass != self.at {
+            self.now();
+            self.at = pass;
+        }
         self.waiting += more;
         if self.waiting.bytes >= TELL_BYTES || self.last.elapsed() >= TELL_EVERY {
             self.now();

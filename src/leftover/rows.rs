@@ -15,7 +15,7 @@
 
 use super::buckets::{Buckets, differing, sums};
 use super::{Carried, Context, Exactly};
-use crate::copy::pump::{self, Form};
+use crate::copy::pump::{self, Form, Pass};
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::wire::{Mode, Wire};
@@ -124,9 +124,9 @@ impl Pair {
     /// The bytes that travelled.
     async fn replace(&mut self, buckets: &Buckets, which: Option<&[u32]>) -> Result<u64> {
         self.target.query(&buckets.delete(which)).await.doing(|| "on the target")?;
-        let (read, write) = (buckets.read(which), buckets.write());
-        let moved = pump::forward((&mut self.source, &read), (&mut self.target, &write), Form::Text, &mut ()).await?;
-        Ok(moved.bytes)
+        let pass = Pass { doing: String::new(), read: buckets.read(which), write: buckets.write(), form: Form::Text };
+        let moved = pump::forward(&mut self.source, &mut self.target, &[pass], "", &mut ()).await?;
+        Ok(moved.iter().map(|moved| moved.bytes).sum())
     }
 }
 

@@ -296,26 +296,35 @@ impl Wire {
         &mut self.inbound
     }
 
+    /// The next message, whatever it is, if all of it was read already.
+    ///
+    /// # Errors
+    /// Class bug: the bytes are no messages.
+    pub fn buffered_message(&mut self) -> Result<Option<Frame>> {
+        let Some((tag, length)) = header(&self.inbound)? else { return Ok(None) };
+        if self.inbound.len() < length {
+            return Ok(None);
+        }
+        let mut body = self.inbound.split_to(length).freeze();
+        body.advance(5);
+        Ok(Some(Frame { tag, body }))
+    }
+
     /// The next message, if all of it was read already. Notices and parameter changes are passed over.
     ///
     /// # Errors
     /// Class bug: the bytes are no messages.
     pub fn buffered_frame(&mut self) -> Result<Option<Frame>> {
-        loop {
-            let Some((tag, length)) = header(&self.inbound)? else { return Ok(None) };
-            if self.inbound.len() < length {
-                return Ok(None);
-            }
-            let mut message = self.inbound.split_to(length).freeze();
-            message.advance(5);
-            match tag {
+        while let Some(frame) = self.buffered_message()? {
+            match frame.tag {
                 backend::NOTICE_RESPONSE_TAG => {
-                    tracing::debug!(notice = %error_of(&message), "notice");
+                    tracing::debug!(notice = %error_of(&frame.body), "notice");
                 }
                 backend::PARAMETER_STATUS_TAG | backend::NOTIFICATION_RESPONSE_TAG => {}
-                _ => return Ok(Some(Frame { tag, body: message })),
+                _ => return Ok(Some(frame)),
             }
         }
+        Ok(None)
     }
 
     /// The next message. Cancellation safe.

@@ -122,9 +122,8 @@ pub(super) async fn with_patience_for(child: impl Fn() -> Child, on_line: impl F
 
 async fn contents(programs: &Programs, file: &Path, context: &Context) -> Result<Contents> {
     let list = |option: &'static str| Child::new(programs.pg_restore()).args(["--list", option]).arg(file).run();
-    let before = list("--section=pre-data").await?;
-    let after = list("--section=post-data").await?;
-    let verbose = list("--verbose").await?;
+    let (before, after, verbose) =
+        tokio::try_join!(list("--section=pre-data"), list("--section=post-data"), list("--verbose"))?;
     Ok(Contents::sort(&before, &after, &verbose, context))
 }
 

@@ -7,6 +7,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use tokio_postgres::Row;
+
 use super::Archive;
 use super::existing::Existing;
 use super::toc::{Entry, Step};
@@ -24,6 +26,9 @@ pub struct Index {
     pub create: Option<String>,
     /// What declares its key, with its marks, as one transaction. It needs the table for itself, for a moment.
     pub key: Option<String>,
+    /// The same of both together, in fewer steps but with the table for itself all the time. `None` where one of them is there, or the index
+    /// has what a key's declaration cannot tell.
+    pub at_once: Option<String>,
 }
 
 /// What a table needs once its rows are in.
@@ -46,7 +51,8 @@ fn definitions() -> String {
                 k.contype::text, COALESCE(k.condeferrable, false), COALESCE(k.condeferred, false), x.indisclustered, x.indisreplident,
                 ARRAY(SELECT pg_catalog.format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s', n.nspname, i.relname, a.attnum, a.attstattarget)
                       FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.oid AND a.attstattarget >= 0 ORDER BY a.attnum),
-                pg_catalog.pg_relation_size(i.oid)
+                pg_catalog.pg_relation_size(i.oid),
+                CASE WHEN i.reloptions IS NULL THEN pg_catalog.pg_get_constraintdef(k.oid) END
          FROM pg_catalog.pg_index x
          JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
          JOIN pg_catalog.pg_class c ON c.oid = x.indrelid
@@ -72,10 +78,56 @@ const THERE: &str = "
     SELECT n.nspname::text, i.relname::text
     FROM pg_catalog.pg_class i JOIN pg_catalog.pg_namespace n ON n.oid = i.relnamespace WHERE i.relkind = 'i'";
 
+/// An index of the source.
+struct Definition {
+    table: QualifiedName,
+    index: Index,
+    /// As `pg_restore --list` names it: kind and tag.
+    listed: (&'static str, String),
+    bytes: u64,
+}
+
+impl Definition {
+    fn of(row: &Row) -> Result<Self> {
+        let (schema, table, name): (String, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let kind: Option<String> = row.try_get(4)?;
+        let listed = match kind {
+            Some(_) => ("CONSTRAINT", format!("{table} {name}")),
+            None => ("INDEX", name.clone()),
+        };
+        let (table, name) = (QualifiedName::new(&schema, table), QualifiedName::new(&schema, name));
+        let mut marks: Vec<String> = row.try_get(9)?;
+        if row.try_get(7)? {
+            marks.push(format!("ALTER TABLE {table} CLUSTER ON {}", quote_identifier(&name.name)));
+        }
+        if row.try_get(8)? {
+            marks.push(format!(
+                "ALTER TABLE ONLY {table} REPLICA IDENTITY USING INDEX {}",
+                quote_identifier(&name.name)
+            ));
+        }
+        let definition: String = row.try_get(3)?;
+        let with = |first: String| std::iter::once(first).chain(marks.iter().cloned()).collect::<Vec<_>>().join(";\n");
+        let (create, key, at_once) = match kind {
+            Some(kind) => {
+                let declaration = declaration(&table, &name.name, &kind, row.try_get(5)?, row.try_get(6)?);
+                let whole = row.try_get::<_, Option<String>>(11)?.map(|whole| with(added(&table, &name.name, &whole)));
+                (definition, Some(with(declaration)), whole)
+            }
+            None => {
+                let create = with(definition);
+                (create.clone(), None, Some(create))
+            }
+        };
+        let bytes = u64::try_from(row.try_get::<_, i64>(10)?).unwrap_or(0);
+        Ok(Self { table, index: Index { name, create: Some(create), key, at_once }, listed, bytes })
+    }
+}
+
 /// What each table of the archive needs that the target lacks, the largest index first.
 ///
 /// # Errors
-/// The connections'.
+/// The connection's.
 pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> Result<HashMap<QualifiedName, Missing>> {
     let existing = Existing::read(target).await?;
     let entries = archive.contents.of(Step::AfterData);
@@ -90,38 +142,17 @@ pub async fn missing(source: &Session, target: &Session, archive: &Archive) -> R
         let analyze = !later.contains(&table);
         missing.insert(table, Missing { analyze, ..Missing::default() });
     }
-    for row in source.query(&definitions(), &[]).await.doing(|| "listing the source's indexes")? {
-        let (schema, table, name): (String, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        let kind: Option<String> = row.try_get(4)?;
-        let tag = if kind.is_some() { format!("{table} {name}") } else { name.clone() };
-        let listed = if kind.is_some() { "CONSTRAINT" } else { "INDEX" };
-        if !wanted.contains(&(listed, schema.as_str(), tag.as_str())) {
+    for row in &source.query(&definitions(), &[]).await.doing(|| "listing the source's indexes")? {
+        let Definition { table, mut index, listed: (kind, tag), bytes } = Definition::of(row)?;
+        if !wanted.contains(&(kind, table.schema.as_str(), tag.as_str())) {
             continue;
         }
-        let (table, name) = (QualifiedName::new(&schema, table), QualifiedName::new(&schema, name));
-        let mut marks: Vec<String> = row.try_get(9)?;
-        if row.try_get(7)? {
-            marks.push(format!("ALTER TABLE {table} CLUSTER ON {}", quote_identifier(&name.name)));
+        if there.contains(&index.name) {
+            (index.create, index.at_once) = (None, None);
         }
-        if row.try_get(8)? {
-            marks.push(format!(
-                "ALTER TABLE ONLY {table} REPLICA IDENTITY USING INDEX {}",
-                quote_identifier(&name.name)
-            ));
-        }
-        let definition: String = row.try_get(3)?;
-        let with = |first: String| std::iter::once(first).chain(marks.iter().cloned()).collect::<Vec<_>>().join(";\n");
-        let (create, key) = match kind {
-            Some(kind) => {
-                let declaration = declaration(&table, &name.name, &kind, row.try_get(5)?, row.try_get(6)?);
-                (definition, Some(with(declaration)))
-            }
-            None => (with(definition), None),
-        };
-        let create = (!there.contains(&name)).then_some(create);
         if let Some(missing) = missing.get_mut(&table) {
-            missing.indexes.push(Index { name, create, key });
-            missing.bytes += u64::try_from(row.try_get::<_, i64>(10)?).unwrap_or(0);
+            missing.indexes.push(index);
+            missing.bytes += bytes;
         }
     }
     Ok(missing)
@@ -140,6 +171,11 @@ fn declaration(table: &QualifiedName, name: &str, kind: &str, deferrable: bool, 
     let deferrable = if deferrable { " DEFERRABLE" } else { "" };
     let deferred = if deferred { " INITIALLY DEFERRED" } else { "" };
     format!("ALTER TABLE ONLY {table} ADD CONSTRAINT {name} {kind} USING INDEX {name}{deferrable}{deferred}")
+}
+
+/// Adds a key by its whole definition, with an index of its own.
+fn added(table: &QualifiedName, name: &str, definition: &str) -> String {
+    format!("ALTER TABLE ONLY {table} ADD CONSTRAINT {} {definition}", quote_identifier(name))
 }
 
 async fn names(session: &Session, sql: &str, doing: &'static str) -> Result<HashSet<QualifiedName>> {

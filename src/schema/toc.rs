@@ -27,6 +27,8 @@ pub struct Entry {
     pub tag: String,
     /// Empty where there is none.
     pub owner: String,
+    /// Numbers of the entries that come before it.
+    pub needs: Vec<u32>,
 }
 
 /// When an entry is restored.
@@ -74,7 +76,7 @@ impl Contents {
     /// `verbose` with `--verbose`, which tells what depends on what.
     #[must_use]
     pub fn sort(before: &str, after: &str, verbose: &str, context: &Context) -> Self {
-        let dependencies = dependencies(verbose);
+        let mut dependencies = dependencies(verbose);
         let mut contents = Self::default();
         let mut steps: HashMap<u32, Option<Step>> = HashMap::new();
         let entries = |list: &str| parse(list, context);
@@ -88,13 +90,14 @@ impl Contents {
             steps.insert(entry.number, step_of(entry, *section, context));
         }
         let mut seen = HashSet::new();
-        for (entry, section) in all {
+        for (mut entry, section) in all {
             // An entry without a section of its own is listed in both.
             if !seen.insert(entry.number) {
                 continue;
             }
+            entry.needs = dependencies.remove(&entry.number).unwrap_or_default();
             let step = if is_attachment(&entry.kind) {
-                attached_to(&entry, dependencies.get(&entry.number), &steps, section)
+                attached_to(&entry, &steps, section)
             } else {
                 steps.get(&entry.number).copied().flatten()
             };
@@ -105,6 +108,15 @@ impl Contents {
         }
         contents
     }
+}
+
+/// Tables that need nothing but their schema, and everything else. The former can be made in any order, and before the latter.
+#[must_use]
+pub fn plain_tables<'e>(entries: &[&'e Entry]) -> (Vec<&'e Entry>, Vec<&'e Entry>) {
+    let others: HashSet<u32> =
+        entries.iter().filter(|entry| entry.kind != "SCHEMA").map(|entry| entry.number).collect();
+    let is_plain = |entry: &&Entry| entry.kind == "TABLE" && !entry.needs.iter().any(|needed| others.contains(needed));
+    entries.iter().partition(|entry| is_plain(entry))
 }
 
 impl Entry {
@@ -155,17 +167,12 @@ fn step_of(entry: &Entry, section: Step, context: &Context) -> Option<Step> {
 }
 
 /// Where a comment, grant or label goes: to the object that it depends on, and nowhere if that stays behind.
-fn attached_to(
-    entry: &Entry,
-    needs: Option<&Vec<u32>>,
-    steps: &HashMap<u32, Option<Step>>,
-    section: Step,
-) -> Option<Step> {
+fn attached_to(entry: &Entry, steps: &HashMap<u32, Option<Step>>, section: Step) -> Option<Step> {
     // Setting the comment of an extension takes its owner, who is often the provider; CREATE EXTENSION set it already.
     if entry.kind == "COMMENT" && entry.tag.starts_with("EXTENSION ") {
         return None;
     }
-    let known: Vec<_> = needs.into_iter().flatten().filter_map(|number| steps.get(number).copied()).collect();
+    let known: Vec<_> = entry.needs.iter().filter_map(|number| steps.get(number).copied()).collect();
     if known.is_empty() || entry.tag.starts_with("SCHEMA ") {
         return Some(section);
     }
@@ -239,6 +246,7 @@ fn entry(line: &str, context: &Context) -> Option<Entry> {
         schema: schema.map(str::to_owned),
         tag: tag.to_owned(),
         owner: owner.to_owned(),
+        needs: Vec::new(),
     })
 }
 
@@ -357,6 +365,33 @@ mod tests {
 302; 0 0 COMMENT public CONSTRAINT t_fk ON t owner
 ;\tdepends on: 301
 ";
+
+    #[test]
+    fn tables_that_need_only_their_schema_are_plain() {
+        let before = "\
+6; 2615 3000 SCHEMA - my owner
+7; 1247 3001 TYPE my mood owner
+10; 1259 30 TABLE my alone owner
+11; 1259 31 TABLE my moody owner
+12; 1259 32 TABLE my child owner
+13; 1259 33 SEQUENCE my alone_seq owner
+";
+        let verbose = "\
+10; 1259 30 TABLE my alone owner
+;\tdepends on: 6
+11; 1259 31 TABLE my moody owner
+;\tdepends on: 6 7
+12; 1259 32 TABLE my child owner
+;\tdepends on: 10 6
+13; 1259 33 SEQUENCE my alone_seq owner
+;\tdepends on: 10
+";
+        let contents = Contents::sort(before, "", verbose, &context());
+        let entries: Vec<&Entry> = contents.of(Step::BeforeData).iter().collect();
+        let (plain, others) = plain_tables(&entries);
+        let numbers = |entries: Vec<&Entry>| entries.iter().map(|entry| entry.number).collect::<Vec<_>>();
+        assert_eq!((numbers(plain), numbers(others)), (vec![10], vec![6, 7, 11, 12, 13]));
+    }
 
     #[test]
     fn each_entry_goes_to_its_step() {

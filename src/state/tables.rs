@@ -59,17 +59,19 @@ pub struct TableRecord {
 }
 
 /// The statement that a copy worker runs in the transaction that holds the rows, so that rows and state commit
-/// together or not at all.
+/// together or not at all. `tables`: each with its rows and bytes.
 #[must_use]
-pub fn copied_sql(move_name: &str, table: &QualifiedName, cut: Lsn, rows: u64, bytes: u64) -> String {
+pub fn copied_sql(move_name: &str, cut: Lsn, tables: &[(&QualifiedName, u64, u64)]) -> String {
+    let row = |(table, rows, bytes): &(&QualifiedName, u64, u64)| {
+        let [name, schema, table] = [move_name, &table.schema, &table.name].map(quote_literal);
+        format!("({name}, {schema}, {table}, 'copied', '{cut}', {rows}, {bytes})")
+    };
     format!(
         "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, state, cut_lsn, rows, bytes)
-         VALUES ({move_name}, {schema}, {name}, 'copied', '{cut}', {rows}, {bytes})
+         VALUES {}
          ON CONFLICT (move, schema_name, table_name)
          DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes, shape = NULL",
-        move_name = quote_literal(move_name),
-        schema = quote_literal(&table.schema),
-        name = quote_literal(&table.name),
+        tables.iter().map(row).collect::<Vec<_>>().join(", ")
     )
 }
 
@@ -159,7 +161,7 @@ impl Store {
     /// # Errors
     /// The connection's.
     pub async fn record_gone(&self, table: &QualifiedName, lsn: Lsn) -> Result<()> {
-        self.execute(&copied_sql(self.name.as_str(), table, lsn, 0, 0))
+        self.execute(&copied_sql(self.name.as_str(), lsn, &[(table, 0, 0)]))
             .await
             .doing(|| format!("letting go of table {}", table.plain()))
     }

@@ -30,11 +30,11 @@ const NEARLY_NOTHING: u64 = 16 * 1024 * 1024;
 pub(super) struct Walk<'a> {
     supervisor: &'a Supervisor<'a>,
     epoch: i64,
-    kit: Option<Kit>,
+    kit: Option<Arc<Kit>>,
     /// Tables of the move that neither side has any more, while the stream may still bring changes of them.
     gone: HashSet<QualifiedName>,
     /// Completes tables, from the copy on.
-    finish: Arc<copy::Finish>,
+    finish: Option<Arc<copy::Finish>>,
 }
 
 /// The schema of the source, and what can restore it.
@@ -49,30 +49,29 @@ struct Kit {
 
 impl<'a> Walk<'a> {
     pub(super) fn new(supervisor: &'a Supervisor<'a>, epoch: i64) -> Self {
-        let workers = supervisor.config.copy.index_workers;
-        let finish = Arc::new(copy::Finish::new(&supervisor.target, workers, HashMap::new()));
-        Self { supervisor, epoch, kit: None, gone: HashSet::new(), finish }
+        Self { supervisor, epoch, kit: None, gone: HashSet::new(), finish: None }
     }
 
     /// pg_dump and pg_restore, and a fresh dump of the schema: the archive of an earlier start is gone with its container.
-    async fn kit(&mut self) -> Result<&Kit> {
+    async fn kit(&mut self) -> Result<Arc<Kit>> {
         let s = self.supervisor;
-        if self.kit.is_none() {
-            let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
-            let (from, to) = (major(&source).await?, major(&target).await?);
-            let programs = Programs::find(from, to).await?;
-            s.telemetry.activity("dumping the schema");
-            let request =
-                DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
-            let foreign_keys = ForeignKeys::all(&source).await?;
-            let archive = schema::dump(request).await?;
-            for what in archive.left_out() {
-                tracing::info!("left out: {what}");
-            }
-            let replica_role = schema::can_set_replica_role(&target).await?;
-            self.kit = Some(Kit { programs, archive, foreign_keys, replica_role });
+        if let Some(kit) = &self.kit {
+            return Ok(Arc::clone(kit));
         }
-        self.kit.as_ref().ok_or_else(|| Error::bug("the schema's archive was made and is not there"))
+        let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+        let (from, to) = (major(&source).await?, major(&target).await?);
+        let programs = Programs::find(from, to).await?;
+        s.telemetry.activity("dumping the schema");
+        let request = DumpRequest { source: &s.source, programs: &programs, scope: &s.config.scope, snapshot: None };
+        let foreign_keys = ForeignKeys::all(&source).await?;
+        let archive = schema::dump(request).await?;
+        for what in archive.left_out() {
+            tracing::info!("left out: {what}");
+        }
+        let replica_role = schema::can_set_replica_role(&target).await?;
+        let kit = Arc::new(Kit { programs, archive, foreign_keys, replica_role });
+        self.kit = Some(Arc::clone(&kit));
+        Ok(kit)
     }
 
     fn restorer<'k>(&'k self, kit: &'k Kit) -> Restorer<'k> {
@@ -95,11 +94,10 @@ impl<'a> Walk<'a> {
     pub(super) async fn schema(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Schema);
-        self.kit().await?;
-        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
-        let restorer = self.restorer(kit);
+        let kit = self.kit().await?;
+        let restorer = self.restorer(&kit);
         if !restorer.is_restored().await? {
-            restorer.before_data().await?;
+            restorer.before_data(s.config.copy.workers).await?;
         }
         s.enter_phase(Phase::Copy).await?;
         Ok(None)
@@ -120,9 +118,7 @@ impl<'a> Walk<'a> {
         s.telemetry.phase(Phase::Copy);
         self.only_our_stream().await?;
         self.keep_changes().await?;
-        if s.unless_stopped(self.prepare_to_finish()).await?.is_none() {
-            return Ok(Some(End::Stopped));
-        }
+        self.finish = None;
         // Tables that came to the move later are in no archive and in nobody's copy by hand.
         let first = !self.has_followed().await?;
         if first {
@@ -150,19 +146,18 @@ impl<'a> Walk<'a> {
         Ok((s.options.until == Until::Copy).then_some(End::Reached))
     }
 
-    /// Finds out what tables need once they are copied. Where the schema comes with the stream, they have it.
-    async fn prepare_to_finish(&mut self) -> Result<()> {
+    /// Finds out what tables need once they are copied. Where the schema comes with the stream, and there is no kit, they have it.
+    async fn to_finish(&self, kit: Option<&Kit>) -> Result<Arc<copy::Finish>> {
         let s = self.supervisor;
         copy::Finish::end_leftovers(&s.target).await?;
-        let missing = if self.schema_comes_with_the_stream().await? {
-            HashMap::new()
-        } else {
-            let archive = &self.kit().await?.archive;
-            let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
-            schema::indexes::missing(&source, &target, archive).await?
+        let missing = match kit {
+            None => HashMap::new(),
+            Some(kit) => {
+                let (source, target) = tokio::try_join!(s.source.connect("schema"), s.target.connect("schema"))?;
+                schema::indexes::missing(&source, &target, &kit.archive).await?
+            }
         };
-        self.finish = Arc::new(copy::Finish::new(&s.target, s.config.copy.index_workers, missing));
-        Ok(())
+        Ok(Arc::new(copy::Finish::new(&s.target, s.config.copy.index_workers, missing)))
     }
 
     /// Keys, indexes and statistics, once the rows are there.
@@ -172,18 +167,23 @@ impl<'a> Walk<'a> {
             let tables = self.tables_there().await?;
             return copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await;
         }
-        self.kit().await?;
-        let mut tables = self.tables().await?;
+        let kit = self.kit().await?;
         s.telemetry.activity("building keys and indexes");
-        let mut analyzed = self.finish.rest().await;
-        if self.finish.has_put_off() {
-            self.prepare_to_finish().await?;
-            analyzed.extend(self.finish.rest().await);
-        }
-        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
-        let restorer = self.restorer(kit);
+        let finish = match self.finish.take() {
+            Some(finish) => finish,
+            None => self.to_finish(Some(&kit)).await?,
+        };
+        let restorer = self.restorer(&kit);
+        let building = async {
+            let mut analyzed = finish.rest().await;
+            if finish.has_put_off() {
+                analyzed.extend(self.to_finish(Some(&kit)).await?.rest().await);
+            }
+            restorer.after_data(s.config.copy.index_workers).await?;
+            Ok(analyzed)
+        };
+        let (mut tables, analyzed) = tokio::try_join!(self.tables(), building)?;
         tables.retain(|table| !analyzed.contains(&table.name));
-        restorer.after_data(s.config.copy.index_workers).await?;
         copy::analyze(&s.target, &tables, s.config.copy.index_workers, &s.telemetry).await?;
         restorer.hold_back().await
     }
@@ -197,15 +197,20 @@ impl<'a> Walk<'a> {
     }
 
     /// Under the move's first cut, or, where some tables were copied before, the rest under a newer one.
-    async fn copy_rows(&self) -> Result<copy::Outcome> {
+    async fn copy_rows(&mut self) -> Result<copy::Outcome> {
         let s = self.supervisor;
         if self.all_copied().await? {
             return Ok(copy::Outcome::Complete);
         }
         let cancel = s.stop.child_token();
-        if !self.pass_what_was_captured(&cancel).await? || s.unless_stopped(self.publish()).await?.is_none() {
+        if !self.pass_what_was_captured(&cancel).await? {
             return Ok(copy::Outcome::Stopped);
         }
+        let kit = if self.schema_comes_with_the_stream().await? { None } else { Some(self.kit().await?) };
+        // With thousands of tables each of them takes its time.
+        let ready = async { tokio::try_join!(self.to_finish(kit.as_deref()), self.publish()) };
+        let Some((finish, ())) = s.unless_stopped(ready).await? else { return Ok(copy::Outcome::Stopped) };
+        self.finish = Some(Arc::clone(&finish));
         s.telemetry.copy_way(Way::Direct);
         s.telemetry.activity(
             "copying rows; keys and indexes are built as tables are complete, and the last of them after all rows",
@@ -225,7 +230,7 @@ impl<'a> Walk<'a> {
             telemetry: s.telemetry.clone(),
             captured: self.is_captured().await?,
             spooling: s.spooling.clone(),
-            finish: Arc::clone(&self.finish),
+            finish,
             cancel,
         };
         copy::run(&context, exporter, &cut).await
@@ -386,8 +391,7 @@ impl<'a> Walk<'a> {
         if begun && (self.all_copied().await? || !DataArchive::default_folder(&s.config.name).exists()) {
             return Ok(());
         }
-        self.kit().await?;
-        let kit = self.kit.as_ref().ok_or_else(|| Error::bug("no schema archive"))?;
+        let kit = self.kit().await?;
         let mut archive = self.archive().await?;
         let holds = match s.record().await?.last_cut_lsn {
             Some(cut) => archive.holds(cut)?,

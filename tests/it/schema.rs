@@ -88,7 +88,7 @@ impl Sides {
     /// The steps of a move up to following, once each.
     async fn arrive_without_foreign_keys<'s>(&'s self, archive: &'s Archive) -> Restorer<'s> {
         let restorer = self.restorer(archive);
-        restorer.before_data().await.unwrap();
+        restorer.before_data(TWO).await.unwrap();
         self.copy_rows().await;
         restorer.after_data(TWO).await.unwrap();
         restorer.hold_back().await.unwrap();
@@ -178,7 +178,7 @@ async fn moves_whole(sql: &str) {
     let archive = dump(sides.request(None)).await.unwrap();
     let restorer = sides.restorer(&archive);
     assert!(!restorer.is_restored().await.unwrap());
-    restorer.before_data().await.unwrap();
+    restorer.before_data(TWO).await.unwrap();
     assert!(restorer.is_restored().await.unwrap());
     sides.copy_rows().await;
     for _ in 0..2 {
@@ -241,7 +241,7 @@ async fn a_missing_role_stops_with_nothing_restored() {
     let sides = Sides::with(CHINOOK).await;
     sides.clusters.1.execute("DROP ROLE shop_owner").await;
     let archive = dump(sides.request(None)).await.unwrap();
-    let error = sides.restorer(&archive).before_data().await.unwrap_err();
+    let error = sides.restorer(&archive).before_data(TWO).await.unwrap_err();
     assert_eq!(error.code(), "role_missing", "{error}");
     assert!(error.hint_text().unwrap().contains("CREATE ROLE \"shop_owner\" NOLOGIN;"));
     assert_eq!(sides.databases.1.query_string("SELECT to_regnamespace('shop') IS NULL").await, "t");

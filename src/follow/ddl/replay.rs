@@ -306,7 +306,7 @@ impl Applier {
 
     async fn begin_table(&mut self, table: &QualifiedName, at: Position, empty: bool) -> Result<()> {
         let move_name = self.settings.move_name.as_str();
-        let sql = copied_sql(move_name, table, at.commit_lsn, 0, 0);
+        let sql = copied_sql(move_name, at.commit_lsn, &[(table, 0, 0)]);
         self.pipeline()?.query(&sql).await.doing(|| format!("taking in table {}", table.plain()))?;
         self.settings.cuts.insert(table.clone(), at.commit_lsn);
         self.moved.change(|moved| {

@@ -202,13 +202,13 @@ impl Recorder<'_, '_> {
                 *place = u64::try_from(count).unwrap_or(0);
             }
         }
-        let mut statements = String::new();
-        for ((table, name), rows) in tables.iter().zip(names).zip(&rows) {
-            statements.push_str(&copied_sql(move_name, name, self.cut, *rows, table.printed()));
-            statements.push_str(";\n");
-        }
-        statements.push_str(&fence_sql(move_name, self.loading.epoch));
-        transaction.batch_execute(&statements).await.map_err(|error| only_the_leader(error.into()))?;
+        let copied = tables.iter().zip(names).zip(&rows).map(|((table, name), &rows)| (name, rows, table.printed()));
+        let copied = copied_sql(move_name, self.cut, &copied.collect::<Vec<_>>());
+        let fence = fence_sql(move_name, self.loading.epoch);
+        transaction
+            .batch_execute(&format!("{copied};\n{fence}"))
+            .await
+            .map_err(|error| only_the_leader(error.into()))?;
         transaction.commit().await?;
         Ok(rows)
     }

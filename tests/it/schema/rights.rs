@@ -32,7 +32,7 @@ async fn a_schema_that_is_named_almost_like_a_providers_travels() {
     )
     .await;
     let archive = dump(sides.request(None)).await.unwrap();
-    sides.restorer(&archive).before_data().await.unwrap();
+    sides.restorer(&archive).before_data(TWO).await.unwrap();
     let there = "SELECT string_agg(relnamespace::regnamespace || '.' || relname, ' ' ORDER BY 1)
                  FROM pg_class WHERE relkind = 'r' AND relname IN ('t', 'users', 'theirs')";
     let there: Vec<_> = sides.databases.1.query_string(there).await.split(' ').map(str::to_owned).collect();
@@ -60,7 +60,7 @@ async fn default_privileges_that_the_target_cannot_take_are_left_out() {
     let sides = sides.with_plain_role().await;
     let archive = dump(sides.request(None)).await.unwrap();
     let restorer = sides.restorer(&archive);
-    restorer.before_data().await.unwrap();
+    restorer.before_data(TWO).await.unwrap();
     restorer.after_data(TWO).await.unwrap();
     let there = "SELECT string_agg(defaclrole::regrole || ' ' || defaclacl::text, ',') FROM pg_default_acl";
     assert_eq!(sides.databases.1.query_string(there).await, "shop_owner {shop_reader=r/shop_owner}");
@@ -79,7 +79,7 @@ async fn schemas_that_were_there_get_their_owner_comment_and_grants() {
     sides.databases.1.execute("CREATE SCHEMA early").await;
     let archive = dump(sides.request(None)).await.unwrap();
     let restorer = sides.restorer(&archive);
-    restorer.before_data().await.unwrap();
+    restorer.before_data(TWO).await.unwrap();
     restorer.after_data(TWO).await.unwrap();
     let (source, target) = sides.schemas();
     assert!(source.contains("ALTER SCHEMA public OWNER TO shop_owner;"), "{source}");
@@ -95,7 +95,7 @@ async fn a_schema_of_somebody_else_stops_nothing() {
     .await;
     let sides = sides.with_plain_role().await;
     let archive = dump(sides.request(None)).await.unwrap();
-    sides.restorer(&archive).before_data().await.unwrap();
+    sides.restorer(&archive).before_data(TWO).await.unwrap();
     let owner = "SELECT relowner::regrole FROM pg_class WHERE relname = 't'";
     assert_eq!(sides.databases.1.query_string(owner).await, "shop_owner");
 }
@@ -115,7 +115,7 @@ async fn an_event_trigger_that_is_refused_stays_behind_with_its_comment() {
     let sides = sides.with_plain_role().await;
     let archive = dump(sides.request(None)).await.unwrap();
     let restorer = sides.restorer(&archive);
-    restorer.before_data().await.unwrap();
+    restorer.before_data(TWO).await.unwrap();
     restorer.after_data(TWO).await.unwrap();
     restorer.hold_back().await.unwrap();
     let there = "SELECT (SELECT count(*) FROM pg_event_trigger) || ' ' || obj_description(oid, 'pg_trigger')
@@ -132,7 +132,7 @@ async fn grants_on_the_servers_own_functions_stop_nothing() {
     .await;
     let sides = sides.with_plain_role().await;
     let archive = dump(sides.request(None)).await.unwrap();
-    sides.restorer(&archive).before_data().await.unwrap();
+    sides.restorer(&archive).before_data(TWO).await.unwrap();
     let granted = "SELECT relacl::text FROM pg_class WHERE relname = 't'";
     assert!(sides.databases.1.query_string(granted).await.contains("shop_reader=r/"), "the others arrive");
 }
