@@ -69,12 +69,16 @@ impl Finish {
         Self { shared: Arc::new(shared), missing: Mutex::new(missing), tasks: Mutex::default() }
     }
 
-    /// Ends what an earlier start left running.
+    /// Ends what an earlier start left running: sessions of workers build indexes, too.
     ///
     /// # Errors
     /// It does not end; the connection's.
     pub async fn end_leftovers(target: &Server) -> Result<()> {
-        leftovers::end(&target.connect("control").await?, &target.application_name(SESSIONS)).await
+        let session = target.connect("control").await?;
+        for sessions in [SESSIONS, super::SESSIONS] {
+            leftovers::end(&session, &target.application_name(sessions)).await?;
+        }
+        Ok(())
     }
 
     fn take(&self, table: &QualifiedName, wanted: impl FnOnce(&Missing) -> bool) -> Option<Missing> {
@@ -96,7 +100,7 @@ impl Finish {
     /// a processor, and here as many wait at once as there are workers. All in one transaction: it is their number that counts.
     ///
     /// # Errors
-    /// The connection's. A refusal of the server puts these tables off.
+    /// The connection's. What the server refuses is tried once more for each table alone.
     pub(super) async fn complete(&self, target: &mut Wire, tables: &[&QualifiedName]) -> Result<()> {
         let mut small = Vec::new();
         for &table in tables {
@@ -111,7 +115,13 @@ impl Finish {
         }
         match target.query(&statements).await {
             Err(error) if error.sqlstate().is_none() => return Err(error),
-            Err(error) => small.iter().for_each(|(table, _)| self.shared.put_off(&error, table)),
+            Err(error) => {
+                tracing::debug!(%error, "small tables are completed one by one");
+                for (table, missing) in small {
+                    lock(&self.missing).insert(table.clone(), missing);
+                    self.begin(table);
+                }
+            }
             Ok(_) => {
                 let analyzed = small.iter().filter(|(_, missing)| missing.analyze).map(|(table, _)| (*table).clone());
                 lock(&self.shared.analyzed).extend(analyzed);

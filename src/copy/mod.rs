@@ -291,11 +291,11 @@ impl Job {
         self.queue().pop_front_if(|unit| unit.late == late)
     }
 
-    /// Somebody holds one of these tables. They come again one by one, behind all others of their kind, so that it holds up itself alone.
+    /// Somebody holds one of these tables. They come again one by one, behind all others of their kind, so that it holds up nobody else.
     fn give_back(&self, unit: &Unit) {
         let mut queue = self.queue();
         let behind = queue.iter().position(|other| other.late != unit.late).unwrap_or(queue.len());
-        for alone in unit.alone() {
+        for alone in unit.alone().into_iter().rev() {
             queue.insert(behind, alone);
         }
     }

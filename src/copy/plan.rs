@@ -124,7 +124,7 @@ const UNIT: u64 = 32 << 20;
 const MOST_PARTS: u64 = 4096;
 
 /// A smaller table may go over together with others, in bytes of heap and TOAST.
-const SMALL: u64 = 256 << 10;
+pub(super) const SMALL: u64 = 256 << 10;
 
 /// So many small tables are one unit at most.
 const MOST_TOGETHER: usize = 32;
@@ -190,7 +190,7 @@ pub fn plan(
 /// Makes neighbours one unit where they are small. A table that an earlier run began stays alone: what the target holds of it is removed.
 fn together(units: Vec<Unit>, tables: &[Planned]) -> Vec<Unit> {
     let columns_of = |content: &Content| {
-        let &Content::Tables(ref of) = content else { return None };
+        let Content::Tables(of) = content else { return None };
         let of: Option<Vec<&Planned>> = of.iter().map(|&at| tables.get(at)).collect();
         let of = of?;
         let small = of.iter().all(|planned| planned.of.table.bytes <= SMALL && !planned.begun);

@@ -244,6 +244,8 @@ impl Way<'_> {
 
     /// Everything is sent: hears the target out, and compares the counts.
     async fn finish(mut self) -> Result<Vec<Moved>> {
+        // Under TLS the end may still be with us.
+        self.target.flush().await.map_err(|error| self.on_target(error))?;
         while !self.is_answered {
             let frame = self.target.frame().await.map_err(|error| self.on_target(error))?;
             self.answered(&frame)?;

@@ -31,7 +31,8 @@ pub(super) fn import_snapshot(snapshot: &str) -> String {
 /// Ends a unit on the source: its lock goes, the snapshot stays.
 pub(super) const RELEASE: &str = "ROLLBACK TO SAVEPOINT unit";
 
-/// Locks tables against being rewritten, and asks which of them were since the cut.
+/// Locks tables against being rewritten, and asks which of them were since the cut. Of several, all at once or none: who holds some
+/// while waiting for another would hold up others, and could be one half of a deadlock.
 ///
 /// The row of `pg_class` is read as the snapshot shows it, while `pg_relation_filenode` answers for this moment. They
 /// differ after TRUNCATE, VACUUM FULL, CLUSTER and an ALTER TABLE that rewrites. The last one empties a table for older
@@ -44,12 +45,17 @@ pub(super) fn lock(tables: &[&Table]) -> String {
     };
     let rows: Vec<String> = tables.iter().enumerate().map(row).collect();
     format!(
-        "LOCK TABLE {} IN ACCESS SHARE MODE;
+        "LOCK TABLE {} IN ACCESS SHARE MODE{};
          SELECT t.at FROM (VALUES {}) AS t (at, oid, of_this_name) LEFT JOIN pg_catalog.pg_class c ON c.oid = t.oid
          WHERE (c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) AND c.oid = t.of_this_name) IS NOT TRUE",
         names.join(", "),
+        at_once(names.len()),
         rows.join(", "),
     )
+}
+
+fn at_once(tables: usize) -> &'static str {
+    if tables > 1 { " NOWAIT" } else { "" }
 }
 
 /// Tables whose rows pass a CHECK of the user's own function, on the table or on a domain that a column holds, however deep.
@@ -119,19 +125,20 @@ fn options(form: Form, frozen: bool) -> &'static str {
     }
 }
 
-/// Begins the transaction in which tables of the target are filled from nothing, with nobody else near them. Asks of each in turn
-/// whether it has no block, and so no row.
+/// Begins the transaction in which tables of the target are filled from nothing, with nobody else near them; of several, all are locked
+/// at once or none. Asks of each in turn whether it has no block, and so no row.
 pub(super) fn begin_alone(tables: &[&QualifiedName]) -> String {
     let names: Vec<String> = tables.iter().map(|table| format!("ONLY {table}")).collect();
     let rows: Vec<String> =
         tables.iter().map(|table| quote_literal(&table.to_string()) + "::pg_catalog.regclass").collect();
     // What another access method keeps elsewhere has no size here; 2 is heap.
     format!(
-        "BEGIN; LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;
+        "BEGIN; LOCK TABLE {} IN ACCESS EXCLUSIVE MODE{};
          SELECT c.relam = 2 AND pg_catalog.pg_relation_size(c.oid) = 0
          FROM pg_catalog.unnest(ARRAY[{}]) WITH ORDINALITY AS t (oid, at) JOIN pg_catalog.pg_class c ON c.oid = t.oid
          ORDER BY t.at",
         names.join(", "),
+        at_once(names.len()),
         rows.join(", "),
     )
 }

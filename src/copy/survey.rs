@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::plan::{self, Candidate, Plan, Splitting};
-use super::{Context, gone, late, shown, version};
+use super::{Context, blockers, gone, late, shown, version};
 use crate::config;
 use crate::error::{Doing, Result};
 use crate::postgres::catalog::{self, IS_USER_TABLE, Table};
@@ -84,6 +84,10 @@ impl Survey {
         let copied = copied.map(|table| table.name).collect();
         let target = context.target.connect("copy").await?;
         let tables = shown(&session, &context.scope, context.store.name(), cut, &copied);
+        // The size of a table is told to whoever can lock it.
+        let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
+        let what = "reading the sizes of tables on the source";
+        let tables = blockers::explained(&context.source, pid, what, &context.telemetry, tables);
         let (tables, there) = tokio::try_join!(tables, tables_by_form(&target))?;
         let splitting = splitting(&session, &context.settings).await?;
         let late = late(&session).await?;

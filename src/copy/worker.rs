@@ -80,6 +80,9 @@ impl Worker {
                     let tables = tables.iter().map(|&at| job.table(at)).collect::<Result<Vec<_>>>()?;
                     if !self.copy_tables(&job, &tables).await.doing(|| copying(&tables))? {
                         job.give_back(&unit);
+                        if tables.len() == 1 {
+                            tokio::time::sleep(STEP_ASIDE).await;
+                        }
                     }
                 }
             }
@@ -92,35 +95,40 @@ impl Worker {
         tokio::join!(self.source.close(), self.target.close());
     }
 
-    /// Fills whole tables, all of them in one transaction. False if one of several is taken, and none was touched.
+    /// Fills whole tables, all of them in one transaction. False if one is taken: none was touched then.
     async fn copy_tables(&mut self, job: &Job, tables: &[&InFlight]) -> Result<bool> {
         let Context { source, target, telemetry, store, finish, .. } = &job.context;
-        match tables {
-            [table] => lock(&mut self.source, source, table.table(), telemetry).await?,
-            _ => {
-                let tables: Vec<&Table> = tables.iter().map(|table| table.table()).collect();
-                if !try_lock(&mut self.source, source, &tables, telemetry).await? {
-                    return Ok(false);
-                }
-            }
+        let locked: Vec<&Table> = tables.iter().map(|table| table.table()).collect();
+        if !try_lock(&mut self.source, source, &locked, telemetry).await? {
+            return Ok(false);
         }
         let pid = self.target.process_id();
         let what = format!("emptying {} on the target", listed(tables));
-        let truncated = blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, tables))
-            .await
-            .map_err(pump::explain_schema)?;
-        let frozen = truncated.into_iter().map(|emptying| emptying == Emptying::Truncate);
-        let passes: Vec<Pass> = tables.iter().zip(frozen).map(|(table, frozen)| pass(table, None, frozen)).collect();
+        let begun = blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, tables)).await;
+        let truncated = match begun {
+            Err(error) if tables.len() > 1 && is_taken(&error) => {
+                tokio::try_join!(self.target.query("ROLLBACK"), self.source.query(statements::RELEASE))?;
+                return Ok(false);
+            }
+            begun => begun.map_err(pump::explain_schema)?,
+        };
+        let passes = tables.iter().zip(truncated).map(|(table, truncated)| pass(table, None, truncated));
+        let passes: Vec<Pass> = passes.collect();
         let moved = self.forward(job, tables, &passes).await?;
         let copied: Vec<_> =
             tables.iter().zip(&moved).map(|(table, moved)| (&table.table().name, moved.rows, moved.bytes)).collect();
         commit(&mut self.target, &job.context, &copied_sql(store.name().as_str(), job.cut.lsn, &copied)).await?;
-        let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.table().name).collect();
-        for (table, name) in tables.iter().zip(&names) {
+        for table in tables {
             table.parts_left.fetch_sub(1, Ordering::AcqRel);
-            telemetry.copy_state(name, TableState::Copied);
+            telemetry.copy_state(&table.table().name, TableState::Copied);
         }
-        finish.complete(&mut self.target, &names).await?;
+        let mut small = Vec::new();
+        for table in tables {
+            let name = &table.table().name;
+            // A worker has better to do than to look through a large table.
+            if table.table().bytes <= plan::SMALL { small.push(name) } else { finish.begin(name) }
+        }
+        finish.complete(&mut self.target, &small).await.doing(|| "completing them")?;
         Ok(true)
     }
 
@@ -284,25 +292,22 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// Begins the transaction in which tables are filled from nothing, and tells how each was emptied. What a table holds that we never
+/// Begins the transaction in which tables are filled from nothing, and tells which of them were truncated. What a table holds that we never
 /// touched is not ours to remove.
-async fn begin_whole(target: &mut Wire, tables: &[&InFlight]) -> Result<Vec<Emptying>> {
+async fn begin_whole(target: &mut Wire, tables: &[&InFlight]) -> Result<Vec<bool>> {
     let names: Vec<&QualifiedName> = tables.iter().map(|table| &table.table().name).collect();
     let rows = target.query(&statements::begin_alone(&names)).await?;
-    let mut emptied = Vec::new();
+    let mut truncated = Vec::new();
     for (at, table) in tables.iter().enumerate() {
         let has_no_block = rows.get(at).and_then(|row| row.first()?.as_deref()) == Some("t");
         // To empty a table makes its files anew, which takes longer than to copy a small one.
-        emptied.push(if has_no_block && table.table().bytes < WORTH_FREEZING {
-            Emptying::Delete
-        } else {
-            empty(target, table).await?
-        });
+        let leave = has_no_block && table.table().bytes < WORTH_FREEZING;
+        truncated.push(!leave && empty(target, table).await?);
     }
-    Ok(emptied)
+    Ok(truncated)
 }
 
-async fn empty(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
+async fn empty(target: &mut Wire, table: &InFlight) -> Result<bool> {
     let name = &table.table().name;
     let rows = target.query(&statements::is_empty(name)).await?;
     let said = |at: usize| rows.first().and_then(|row| row.get(at)?.as_deref()) == Some("t");
@@ -311,15 +316,15 @@ async fn empty(target: &mut Wire, table: &InFlight) -> Result<Emptying> {
         return Err(holds_strange_rows(name));
     }
     if is_empty && table.table().bytes < WORTH_FREEZING {
-        return Ok(Emptying::Delete);
+        return Ok(false);
     }
     let emptying = match emptying {
-        Err(_) if is_empty => return Ok(Emptying::Delete),
+        Err(_) if is_empty => return Ok(false),
         other => other?,
     };
     // Also where it is empty: COPY's FREEZE asks for it.
     target.query(&emptying.sql(name)).await?;
-    Ok(emptying)
+    Ok(emptying == Emptying::Truncate)
 }
 
 /// Ends the transaction with the rows, and the record of them in it.
@@ -357,7 +362,7 @@ async fn try_lock(wire: &mut Wire, server: &Server, tables: &[&Table], telemetry
     let pid = wire.process_id();
     let rows = match blockers::explained(server, pid, &what, telemetry, wire.query(&statements::lock(tables))).await {
         Ok(rows) => rows,
-        Err(error) if matches!(error.sqlstate(), Some("55P03" | "40P01")) => {
+        Err(error) if is_taken(&error) => {
             wire.query(statements::RELEASE).await?;
             return Ok(false);
         }
@@ -370,6 +375,11 @@ async fn try_lock(wire: &mut Wire, server: &Server, tables: &[&Table], telemetry
         None => Ok(true),
         Some(table) => Err(rewritten().doing(format!("reading {}", table.name.plain()))),
     }
+}
+
+/// A lock was not to be had in time, or would have been a deadlock.
+fn is_taken(error: &Error) -> bool {
+    matches!(error.sqlstate(), Some("55P03" | "40P01"))
 }
 
 /// The snapshot does not show all of the table any more.
@@ -396,7 +406,7 @@ fn copying(tables: &[&InFlight]) -> String {
     }
 }
 
-/// `public.a`, or `public.a and 31 other tables`.
+/// `public.a`, or `public.a and 31 other small tables`.
 fn listed(tables: &[&InFlight]) -> String {
     match tables {
         [] => "no table".to_owned(),

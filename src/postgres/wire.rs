@@ -268,7 +268,8 @@ impl Wire {
         outcome
     }
 
-    /// Sends bytes that are whole messages or parts of them, past the outbound buffer, which must be empty.
+    /// Sends bytes that are whole messages or parts of them, past the outbound buffer, which must be empty. Under TLS the last of them may
+    /// stay here until [`Wire::flush`].
     ///
     /// # Errors
     /// Class retry: the connection ended.

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
 
+use futures_util::{StreamExt, TryStreamExt};
+
 use super::allowed::{
     event_triggers_allowed, give_schema, of_event_trigger, refused_default_privileges, without_refused_grants,
 };
@@ -25,6 +27,9 @@ const ALL_OR_NOTHING: [&str; 1] = ["--single-transaction"];
 /// So many tables are made in several sessions.
 const WORTH_SHARING: usize = 200;
 
+/// So many are made in one transaction, which keeps some four locks of each.
+const LARGEST_SHARE: usize = 250;
+
 /// Restores one archive into one target.
 #[derive(Clone, Copy)]
 pub struct Restorer<'a> {
@@ -46,7 +51,7 @@ impl Restorer<'_> {
     /// # Errors
     /// The connection's.
     pub async fn is_restored(&self) -> Result<bool> {
-        if self.store.schema_unfinished().await? {
+        if self.store.schema_begun().await? != (false, false) {
             return Ok(false);
         }
         let session = self.session().await?;
@@ -57,9 +62,9 @@ impl Restorer<'_> {
 
     /// Restores what rows need, in one transaction.
     ///
-    /// A schema too large for the target's lock table goes in without a transaction; the state says so, and the next start
-    /// drops what a death left half done and begins again. That is safe because the target was empty. The same goes for one of so many
-    /// tables that several sessions share them; there are `workers`.
+    /// A schema of many tables goes in in shares, `workers` of them at the same time; the state says so, and the next start adds what a
+    /// death left out. One too large for the target's lock table goes in without a transaction; then the next start
+    /// drops what a death left half done and begins again. That is safe because the target was empty.
     ///
     /// # Errors
     /// As [`super::failure`] reads them.
@@ -72,7 +77,7 @@ impl Restorer<'_> {
         let session = self.session().await?;
         end_leftovers(&session, self.target).await?;
         let existing = Existing::read(&session).await?;
-        let unfinished = self.store.schema_unfinished().await?;
+        let (unfinished, in_shares) = self.store.schema_begun().await?;
         let (there, entries): (Vec<&Entry>, Vec<&Entry>) =
             self.archive.contents.of(Step::BeforeData).iter().partition(|entry| {
                 entry.kind == "SCHEMA" && existing.has(entry) && (!unfinished || entry.tag == "public")
@@ -87,31 +92,33 @@ impl Restorer<'_> {
         let entries = entries.into_iter().filter(|entry| !takes_ownership(entry, &strangers)).collect();
         let entries = without_refused_grants(&session, entries).await?;
         if !unfinished {
-            let (plain, others) = plain_tables(&entries);
-            if plain.len() >= WORTH_SHARING && workers > 1 {
-                self.store.set_schema_unfinished(true).await?;
-                match self.restore_shared(&session, &plain, &others, workers).await {
-                    Ok(()) => return self.store.set_schema_unfinished(false).await,
-                    // Whatever it was, in one session and in the archive's order it does not come, or it is told.
-                    Err(error) => tracing::info!(%error, "the schema is restored once more, in one session"),
+            let (mut plain, others) = plain_tables(&entries);
+            let restored = if in_shares || plain.len() >= WORTH_SHARING && workers > 1 {
+                if in_shares {
+                    plain.retain(|entry| !existing.has(entry));
                 }
-                end_leftovers(&session, self.target).await?;
+                self.store.set_schema_in_shares(true).await?;
+                self.restore_in_shares(&session, plain, &others, workers).await
             } else {
-                match self.restore(&session, &entries, &ALL_OR_NOTHING).await {
-                    Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,
-                    other => return other,
-                }
+                self.restore(&session, &entries, &ALL_OR_NOTHING).await
+            };
+            match restored {
+                Ok(()) => return self.store.set_schema_in_shares(false).await,
+                Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,
+                Err(error) => return Err(error),
             }
         }
         self.restore(&session, &entries, &["--clean", "--if-exists"]).await?;
+        self.store.set_schema_in_shares(false).await?;
         self.store.set_schema_unfinished(false).await
     }
 
-    /// Schemas, then plain tables in several sessions, then the rest.
-    async fn restore_shared(
+    /// Schemas, then plain tables in several sessions, then the rest. Each share is there whole or not at all, so after a death or an
+    /// error what is missing is added to what is there.
+    async fn restore_in_shares(
         &self,
         session: &Session,
-        plain: &[&Entry],
+        mut plain: Vec<&Entry>,
         others: &[&Entry],
         workers: usize,
     ) -> Result<()> {
@@ -121,9 +128,20 @@ impl Restorer<'_> {
         // Whoever makes a table owns it, and one statement less for each is a tenth of the time.
         let ours = plain.iter().all(|entry| entry.owner == role);
         let options = ALL_OR_NOTHING.into_iter().chain(ours.then_some("--no-owner")).collect::<Vec<_>>();
-        let shares = plain.chunks(plain.len().div_ceil(workers));
-        let restoring = shares.map(|share| self.restore(session, share, &options));
-        futures_util::future::try_join_all(restoring).await?;
+        let shares = plain.chunks(plain.len().div_ceil(workers).clamp(1, LARGEST_SHARE));
+        let restored = futures_util::stream::iter(shares)
+            .map(|share| self.restore(session, share, &options))
+            .buffer_unordered(workers)
+            .try_collect::<()>()
+            .await;
+        if let Err(error) = restored {
+            // Two at once may be in each other's way. If it is something else, it is told now.
+            tracing::info!(%error, "the tables that are missing are made in one session");
+            end_leftovers(session, self.target).await?;
+            let existing = Existing::read(session).await?;
+            plain.retain(|entry| !existing.has(entry));
+            self.restore(session, &plain, &ALL_OR_NOTHING).await?;
+        }
         self.restore(session, &others, &ALL_OR_NOTHING).await
     }
 

@@ -172,18 +172,24 @@ impl Store {
         self.update(&format!("schema_unfinished = {unfinished}")).await
     }
 
-    /// Whether a restore of the schema in steps was begun and not finished.
+    /// Remembers that the schema is being restored in shares, each of which is there whole or not at all.
     ///
     /// # Errors
     /// The connection's.
-    pub async fn schema_unfinished(&self) -> Result<bool> {
+    pub async fn set_schema_in_shares(&self, in_shares: bool) -> Result<()> {
+        self.update(&format!("schema_in_shares = {in_shares}")).await
+    }
+
+    /// Whether a restore of the schema was begun and not finished: without a transaction, and in shares.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub async fn schema_begun(&self) -> Result<(bool, bool)> {
         let session = self.session().await?;
-        let row = session
-            .get()?
-            .query_opt("SELECT schema_unfinished FROM pgtandem.move WHERE name = $1", &[&self.name.as_str()])
-            .await
-            .doing(|| "reading the state of the schema")?;
-        Ok(row.map(|row| row.try_get(0)).transpose()?.unwrap_or(false))
+        let sql = "SELECT schema_unfinished, schema_in_shares FROM pgtandem.move WHERE name = $1";
+        let row =
+            session.get()?.query_opt(sql, &[&self.name.as_str()]).await.doing(|| "reading the state of the schema")?;
+        row.map_or(Ok((false, false)), |row| Ok((row.try_get(0)?, row.try_get(1)?)))
     }
 
     /// The statements that disable and enable the event triggers among what is held back, which would react to a DDL

@@ -36,10 +36,18 @@ CREATE TABLE IF NOT EXISTS pgtandem.move (
     last_cut_lsn     pg_lsn,
     constraints_done boolean NOT NULL DEFAULT false,
     schema_unfinished boolean NOT NULL DEFAULT false,
+    schema_in_shares boolean NOT NULL DEFAULT false,
     error            jsonb,
     blockers         jsonb NOT NULL DEFAULT '[]',
     created_at       timestamptz NOT NULL DEFAULT now()
 );
+
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                   WHERE attrelid = 'pgtandem.move'::pg_catalog.regclass AND attname = 'schema_in_shares') THEN
+        ALTER TABLE pgtandem.move ADD COLUMN schema_in_shares boolean NOT NULL DEFAULT false;
+    END IF;
+END $$;
 
 CREATE TABLE IF NOT EXISTS pgtandem.progress (
     move         text PRIMARY KEY REFERENCES pgtandem.move ON DELETE CASCADE,

@@ -211,7 +211,8 @@ impl Store {
             .collect()
     }
 
-    /// Says for `status` how far tables in flight are: name, rows, bytes. Finished tables are left alone.
+    /// Says for `status` how far tables in flight are: name, rows, bytes. Finished tables are left alone, and those that are being
+    /// recorded at this moment: each waiting for the other would be a deadlock.
     ///
     /// # Errors
     /// The connection's.
@@ -231,10 +232,14 @@ impl Store {
             .collect::<Vec<_>>()
             .join(", ");
         self.execute(&format!(
-            "UPDATE pgtandem.copy_table t SET state = 'copying', rows = v.rows, bytes = v.bytes
-             FROM (VALUES {values}) v (schema_name, table_name, rows, bytes)
-             WHERE t.move = {} AND t.schema_name = v.schema_name AND t.table_name = v.table_name AND t.state <> 'copied'",
-            quote_literal(self.name.as_str())
+            "WITH free AS (
+                 SELECT v.* FROM (VALUES {values}) v (schema_name, table_name, rows, bytes)
+                 JOIN pgtandem.copy_table t USING (schema_name, table_name)
+                 WHERE t.move = {name} AND t.state <> 'copied'
+                 FOR NO KEY UPDATE OF t SKIP LOCKED)
+             UPDATE pgtandem.copy_table t SET state = 'copying', rows = free.rows, bytes = free.bytes FROM free
+             WHERE t.move = {name} AND t.schema_name = free.schema_name AND t.table_name = free.table_name AND t.state <> 'copied'",
+            name = quote_literal(self.name.as_str())
         ))
         .await
         .doing(|| "reporting the copy")

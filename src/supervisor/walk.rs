@@ -206,7 +206,12 @@ impl<'a> Walk<'a> {
         if !self.pass_what_was_captured(&cancel).await? {
             return Ok(copy::Outcome::Stopped);
         }
-        let kit = if self.schema_comes_with_the_stream().await? { None } else { Some(self.kit().await?) };
+        let kit = if self.schema_comes_with_the_stream().await? {
+            None
+        } else {
+            let Some(kit) = s.unless_stopped(self.kit()).await? else { return Ok(copy::Outcome::Stopped) };
+            Some(kit)
+        };
         // With thousands of tables each of them takes its time.
         let ready = async { tokio::try_join!(self.to_finish(kit.as_deref()), self.publish()) };
         let Some((finish, ())) = s.unless_stopped(ready).await? else { return Ok(copy::Outcome::Stopped) };

@@ -16,6 +16,8 @@ use pgtandem::state::{Leadership, Store, TableState};
 use pgtandem::telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
 
+mod small;
+
 use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, assert_same, versions_under_test, wait_until};
 
 /// A move whose schema is the same on both sides already.

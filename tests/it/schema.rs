@@ -236,6 +236,56 @@ async fn foreign_keys_can_wait_for_the_cutover() {
     assert_equal(&source, &target);
 }
 
+/// Enough tables that several sessions share them, and what must come before or after them.
+const MANY: &str = "
+    create type mood as enum ('sad', 'happy');
+    create schema other authorization shop_owner;
+    create function fifth() returns int language sql immutable as 'select 5';
+    do $$ begin
+        for i in 1..260 loop
+            execute format('create table plain%s (id bigserial primary key, name text not null default ''it''''s'')', i);
+            execute format('comment on table plain%s is ''number %s''', i, i);
+            execute format('create table other.t%s (id int default public.fifth(), m public.mood)', i);
+            execute format('create table child%s () inherits (plain%s)', i, i);
+        end loop;
+        for i in 1..20 loop
+            execute format('create table other.theirs%s (id int); alter table other.theirs%s owner to shop_owner', i, i);
+        end loop;
+    end $$;
+    create view other.sum_of as select count(*) from plain1 join other.t1 using (id);
+    create table parted (id int, at int) partition by list (at);
+    create table part1 partition of parted for values in (1);
+    grant select on plain3 to shop_reader;";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_tables_are_made_in_several_sessions_and_come_out_the_same() {
+    let sides = Sides::with(MANY).await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    let restorer = sides.restorer(&archive);
+    restorer.before_data(TWO).await.unwrap();
+    assert!(restorer.is_restored().await.unwrap());
+    restorer.after_data(TWO).await.unwrap();
+    let (source, target) = sides.schemas();
+    assert_equal(&source, &target);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_tables_of_which_one_is_refused_come_once_that_is_settled() {
+    let sides = Sides::with(MANY).await;
+    sides.clusters.1.execute("drop role shop_owner").await;
+    let archive = dump(sides.request(None)).await.unwrap();
+    let restorer = sides.restorer(&archive);
+    let error = restorer.before_data(TWO).await.unwrap_err();
+    assert_eq!(error.code(), "role_missing", "{error}");
+    assert!(!restorer.is_restored().await.unwrap());
+    sides.clusters.1.execute("create role shop_owner").await;
+    restorer.before_data(TWO).await.unwrap();
+    assert!(restorer.is_restored().await.unwrap());
+    restorer.after_data(TWO).await.unwrap();
+    let (source, target) = sides.schemas();
+    assert_equal(&source, &target);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_role_stops_with_nothing_restored() {
     let sides = Sides::with(CHINOOK).await;
