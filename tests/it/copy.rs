@@ -16,6 +16,7 @@ use pgtandem::state::{Leadership, Store, TableState};
 use pgtandem::telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
 
+mod slow;
 mod small;
 
 use crate::harness::{Cluster, Database, PATIENCE, Pgtandem, assert_same, versions_under_test, wait_until};
@@ -39,15 +40,19 @@ impl Move {
         let (source, target) = (clusters.0.create_database("app").await, clusters.1.create_database("app").await);
         source.execute(schema).await;
         target.execute(schema).await;
+        let through = more.iter().find(|(key, _)| *key == "target_port");
+        let port = format!(":{}/", clusters.1.port());
+        let target_url = through.map_or(target.url(), |(_, relay)| target.url().replace(&port, &format!(":{relay}/")));
         let flags = Flags {
             source: Some(source.url()),
-            target: Some(target.url()),
+            target: Some(target_url),
             name: Some("app".to_owned()),
             ..Flags::default()
         };
         let mut settings = Settings::gather(&flags, Environment::of([])).unwrap().config().unwrap();
         for (key, value) in more {
             match *key {
+                "target_port" => {}
                 "split_above" => settings.copy.split_above = value.parse().unwrap(),
                 "workers" => settings.copy.workers = value.parse().unwrap(),
                 "max_bytes_per_second" => settings.copy.max_bytes_per_second = value.parse().unwrap(),
