@@ -125,15 +125,15 @@ fn options(form: Form, frozen: bool) -> &'static str {
     }
 }
 
-/// Begins the transaction in which tables of the target are filled from nothing, with nobody else near them; of several, all are locked
-/// at once or none. Asks of each in turn whether it has no block, and so no row.
+/// Begins the transaction in which tables of the target are filled from nothing, with nobody else near them. One is waited for as on the
+/// source; of several, all are locked at once or none. Asks of each in turn whether it has no block, and so no row.
 pub(super) fn begin_alone(tables: &[&QualifiedName]) -> String {
     let names: Vec<String> = tables.iter().map(|table| format!("ONLY {table}")).collect();
     let rows: Vec<String> =
         tables.iter().map(|table| quote_literal(&table.to_string()) + "::pg_catalog.regclass").collect();
     // What another access method keeps elsewhere has no size here; 2 is heap.
     format!(
-        "BEGIN; LOCK TABLE {} IN ACCESS EXCLUSIVE MODE{};
+        "BEGIN; SET LOCAL lock_timeout = '5s'; LOCK TABLE {} IN ACCESS EXCLUSIVE MODE{}; SET LOCAL lock_timeout = 0;
          SELECT c.relam = 2 AND pg_catalog.pg_relation_size(c.oid) = 0
          FROM pg_catalog.unnest(ARRAY[{}]) WITH ORDINALITY AS t (oid, at) JOIN pg_catalog.pg_class c ON c.oid = t.oid
          ORDER BY t.at",

@@ -106,7 +106,7 @@ impl Worker {
         let what = format!("emptying {} on the target", listed(tables));
         let begun = blockers::explained(target, pid, &what, telemetry, begin_whole(&mut self.target, tables)).await;
         let truncated = match begun {
-            Err(error) if tables.len() > 1 && is_taken(&error) => {
+            Err(error) if is_taken(&error) => {
                 tokio::try_join!(self.target.query("ROLLBACK"), self.source.query(statements::RELEASE))?;
                 return Ok(false);
             }
@@ -277,7 +277,12 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
     for table in divided {
         let name = &table.table().name;
         let opening = async {
-            begin_whole(&mut target, &[table]).await?;
+            while let Err(error) = begin_whole(&mut target, &[table]).await {
+                if !is_taken(&error) {
+                    return Err(error);
+                }
+                target.query("ROLLBACK").await?;
+            }
             let fence = fence_sql(store.name().as_str(), *epoch);
             let opened = opened_sql(store.name().as_str(), name, &table.planned.of.shape);
             target.query(&format!("{fence}; {opened}; COMMIT")).await.map_err(only_the_leader)

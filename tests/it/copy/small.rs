@@ -75,6 +75,26 @@ async fn one_that_is_locked_holds_up_itself_alone() {
 }
 
 #[tokio::test]
+async fn one_that_is_held_on_the_target_holds_up_itself_alone() {
+    let moved = Move::new(MIXED).await;
+    moved.source.execute(MIXED_ROWS).await;
+    let (walsender, cut) = moved.first_cut().await;
+    let holder = moved.target.connect().await;
+    holder.batch_execute("begin; lock table t7 in access share mode").await.unwrap();
+    let hold = async {
+        wait_until("all others are copied", PATIENCE, async || {
+            let states = moved.states().await.into_iter();
+            states.filter(|(_, state)| *state != TableState::Copied).map(|(table, _)| table).eq(["public.t7"])
+        })
+        .await;
+        holder.batch_execute("rollback").await.unwrap();
+    };
+    let (outcome, ()) = tokio::join!(copy::run(&moved.context, walsender, &cut), hold);
+    assert_eq!(outcome.unwrap(), Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+}
+
+#[tokio::test]
 async fn a_row_that_is_refused_is_said_with_its_table_and_nothing_of_its_neighbours_stays() {
     let moved = Move::new(MIXED).await;
     moved.source.execute(MIXED_ROWS).await;
