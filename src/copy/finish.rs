@@ -81,15 +81,15 @@ impl Finish {
         Ok(())
     }
 
-    fn take(&self, table: &QualifiedName, wanted: impl FnOnce(&Missing) -> bool) -> Option<Missing> {
-        let mut missing = lock(&self.missing);
-        missing.get(table).is_some_and(wanted).then(|| missing.remove(table)).flatten()
-    }
-
     /// The rows of the table are in. Returns at once. A second call for the same table does nothing.
     pub(super) fn begin(&self, table: &QualifiedName) {
-        let Some(missing) = self.take(table, |_| true) else { return };
-        let work = complete(Arc::clone(&self.shared), table.clone(), missing);
+        if let Some(missing) = lock(&self.missing).remove(table) {
+            self.spawn(table, missing);
+        }
+    }
+
+    fn spawn(&self, table: &QualifiedName, missing: Missing) {
+        let work = complete_in_turns(Arc::clone(&self.shared), table.clone(), missing);
         let mut tasks = lock(&self.tasks);
         // What is done is let go of.
         while tasks.try_join_next().is_some() {}
@@ -104,9 +104,11 @@ impl Finish {
     pub(super) async fn complete(&self, target: &mut Wire, tables: &[&QualifiedName]) -> Result<()> {
         let mut small = Vec::new();
         for &table in tables {
-            match self.take(table, |missing| missing.bytes < WORTH_A_TURN) {
-                Some(missing) => small.push((table, missing)),
-                None => self.begin(table),
+            let Some(missing) = lock(&self.missing).remove(table) else { continue };
+            if missing.bytes < WORTH_A_TURN {
+                small.push((table, missing));
+            } else {
+                self.spawn(table, missing);
             }
         }
         let statements = at_once(&small);
@@ -117,10 +119,7 @@ impl Finish {
             Err(error) if error.sqlstate().is_none() => return Err(error),
             Err(error) => {
                 tracing::debug!(%error, "small tables are completed one by one");
-                for (table, missing) in small {
-                    lock(&self.missing).insert(table.clone(), missing);
-                    self.begin(table);
-                }
+                small.into_iter().for_each(|(table, missing)| self.spawn(table, missing));
             }
             Ok(_) => {
                 let analyzed = small.iter().filter(|(_, missing)| missing.analyze).map(|(table, _)| (*table).clone());
@@ -154,7 +153,7 @@ impl Finish {
 }
 
 /// Builds the indexes, each when it is its turn, then declares the keys and gathers statistics.
-async fn complete(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
+async fn complete_in_turns(shared: Arc<Shared>, table: QualifiedName, missing: Missing) {
     if missing.bytes < WORTH_A_TURN {
         return complete_at_once(&shared, table, missing).await;
     }

@@ -187,14 +187,12 @@ pub fn plan(
     plan
 }
 
-/// Makes neighbours one unit where they are small. A table that an earlier run began stays alone: what the target holds of it is removed.
+/// Makes neighbours one unit where they are small; so far each table is one of its own. A table that an earlier run began stays alone: what the target holds of it is removed.
 fn together(units: Vec<Unit>, tables: &[Planned]) -> Vec<Unit> {
     let columns_of = |content: &Content| {
         let Content::Tables(of) = content else { return None };
-        let of: Option<Vec<&Planned>> = of.iter().map(|&at| tables.get(at)).collect();
-        let of = of?;
-        let small = of.iter().all(|planned| planned.of.table.bytes <= SMALL && !planned.begun);
-        small.then(|| of.iter().map(|planned| planned.of.table.columns.len()).sum::<usize>())
+        let planned = tables.get(*of.first()?)?;
+        (planned.of.table.bytes <= SMALL && !planned.begun).then_some(planned.of.table.columns.len())
     };
     let mut joined: Vec<Unit> = Vec::new();
     let mut columns = None;

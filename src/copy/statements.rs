@@ -49,12 +49,12 @@ pub(super) fn lock(tables: &[&Table]) -> String {
          SELECT t.at FROM (VALUES {}) AS t (at, oid, of_this_name) LEFT JOIN pg_catalog.pg_class c ON c.oid = t.oid
          WHERE (c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) AND c.oid = t.of_this_name) IS NOT TRUE",
         names.join(", "),
-        at_once(names.len()),
+        nowait(names.len()),
         rows.join(", "),
     )
 }
 
-fn at_once(tables: usize) -> &'static str {
+fn nowait(tables: usize) -> &'static str {
     if tables > 1 { " NOWAIT" } else { "" }
 }
 
@@ -138,7 +138,7 @@ pub(super) fn begin_alone(tables: &[&QualifiedName]) -> String {
          FROM pg_catalog.unnest(ARRAY[{}]) WITH ORDINALITY AS t (oid, at) JOIN pg_catalog.pg_class c ON c.oid = t.oid
          ORDER BY t.at",
         names.join(", "),
-        at_once(names.len()),
+        nowait(names.len()),
         rows.join(", "),
     )
 }

@@ -97,15 +97,13 @@ impl Restorer<'_> {
                 if in_shares {
                     plain.retain(|entry| !existing.has(entry));
                 }
-                self.store.set_schema_in_shares(true).await?;
                 self.restore_in_shares(&session, plain, &others, workers).await
             } else {
                 self.restore(&session, &entries, &ALL_OR_NOTHING).await
             };
             match restored {
-                Ok(()) => return self.store.set_schema_in_shares(false).await,
                 Err(error) if error.code() == "out_of_locks" => self.store.set_schema_unfinished(true).await?,
-                Err(error) => return Err(error),
+                other => return other,
             }
         }
         self.restore(&session, &entries, &["--clean", "--if-exists"]).await?;
@@ -122,6 +120,7 @@ impl Restorer<'_> {
         others: &[&Entry],
         workers: usize,
     ) -> Result<()> {
+        self.store.set_schema_in_shares(true).await?;
         let (schemas, others): (Vec<&Entry>, Vec<&Entry>) = others.iter().partition(|entry| entry.kind == "SCHEMA");
         self.restore(session, &schemas, &ALL_OR_NOTHING).await?;
         let role: String = session.query_one("SELECT current_user::text", &[]).await?.try_get(0)?;
@@ -142,7 +141,8 @@ impl Restorer<'_> {
             plain.retain(|entry| !existing.has(entry));
             self.restore(session, &plain, &ALL_OR_NOTHING).await?;
         }
-        self.restore(session, &others, &ALL_OR_NOTHING).await
+        self.restore(session, &others, &ALL_OR_NOTHING).await?;
+        self.store.set_schema_in_shares(false).await
     }
 
     /// Builds keys, indexes, statistics objects and policies, `workers` at a time; what is there already is left alone.

@@ -49,6 +49,15 @@ async fn they_arrive_whole_in_few_transactions() {
     assert_eq!(moved.target.query_string(transactions).await, "t");
 }
 
+/// Waits until all tables are copied but this one.
+async fn all_but(moved: &Move, held: &str) {
+    wait_until("all others are copied", PATIENCE, async || {
+        let states = moved.states().await.into_iter();
+        states.filter(|(_, state)| *state != TableState::Copied).map(|(table, _)| table).eq([held])
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn one_that_is_locked_holds_up_itself_alone() {
     let slow = [("workers", "2"), ("max_bytes_per_second", "30000")];
@@ -60,13 +69,7 @@ async fn one_that_is_locked_holds_up_itself_alone() {
     let hold = async {
         wait_until("the copy is planned", PATIENCE, async || !moved.states().await.is_empty()).await;
         holder.batch_execute("begin; lock table empty in access exclusive mode").await.unwrap();
-        wait_until("all others are copied", PATIENCE, async || {
-            let states = moved.states().await.into_iter();
-            let left: Vec<String> =
-                states.filter(|(_, state)| *state != TableState::Copied).map(|(table, _)| table).collect();
-            left == ["public.empty"]
-        })
-        .await;
+        all_but(&moved, "public.empty").await;
         holder.batch_execute("rollback").await.unwrap();
     };
     let (outcome, ()) = tokio::join!(copy::run(&moved.context, walsender, &cut), hold);
@@ -82,11 +85,7 @@ async fn one_that_is_held_on_the_target_holds_up_itself_alone() {
     let holder = moved.target.connect().await;
     holder.batch_execute("begin; lock table t7 in access share mode").await.unwrap();
     let hold = async {
-        wait_until("all others are copied", PATIENCE, async || {
-            let states = moved.states().await.into_iter();
-            states.filter(|(_, state)| *state != TableState::Copied).map(|(table, _)| table).eq(["public.t7"])
-        })
-        .await;
+        all_but(&moved, "public.t7").await;
         holder.batch_execute("rollback").await.unwrap();
     };
     let (outcome, ()) = tokio::join!(copy::run(&moved.context, walsender, &cut), hold);
