@@ -13,20 +13,12 @@
 
 use std::collections::HashMap;
 
+use super::division::{Division, Range};
 use super::pump::{Form, Moved};
 use crate::config::TablePattern;
 use crate::postgres::QualifiedName;
 use crate::postgres::catalog::{ReplicaIdentity, Table};
 use crate::state::{Begun, FinishedUnit, TableRecord, TableState};
-
-/// A range of blocks of a heap; the last one has no end, so that blocks added since it was planned are in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Blocks {
-    /// The first block.
-    pub from: u64,
-    /// The first block that is not in it any more.
-    pub to: Option<u64>,
-}
 
 /// What one worker copies in one go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +35,7 @@ pub enum Content {
     /// All rows of these tables: one table, or several small ones.
     Tables(Vec<usize>),
     /// Some rows of a table.
-    Part(usize, Blocks),
+    Part(usize, Range),
 }
 
 /// How a table comes into the target.
@@ -64,6 +56,8 @@ pub struct Candidate {
     pub table: Table,
     /// What tells this table from another one of its name, and from what it was before it was rewritten or altered.
     pub shape: String,
+    /// How it can be read in ranges; `None` where each range would take a reading of the whole table, and where nobody asked.
+    pub division: Option<Division>,
     /// Both sides read the binary form of all its columns alike.
     pub binary: bool,
     /// Its rows are checked against those of other tables: it comes last.
@@ -137,15 +131,13 @@ const MOST_COLUMNS: usize = 4096;
 /// Those that match one of `first` come first, in the order of `first`; then the largest, whose indexes take longest. `begun` is what
 /// the target holds of tables that were begun.
 ///
-/// `splitting` is `None` where the source cannot read a range of blocks without reading the whole table: before
-/// PostgreSQL 14.
 #[must_use]
 pub fn plan(
     tables: Vec<Candidate>,
     records: &[TableRecord],
     begun: &HashMap<QualifiedName, Begun>,
     first: &[TablePattern],
-    splitting: Option<Splitting>,
+    splitting: Splitting,
 ) -> Plan {
     let states: HashMap<&QualifiedName, TableState> = records.iter().map(|r| (&r.name, r.state)).collect();
     let mut plan = Plan::default();
@@ -157,18 +149,18 @@ pub fn plan(
         }
         let at = plan.tables.len();
         let there = begun.get(name).filter(|begun| state == TableState::Copying && can_go_on(&of, begun));
-        let (manner, ranges) = match (there, splitting) {
-            (Some(there), Some(splitting)) => {
-                (Manner::Rest(there.units.clone()), missing(&of.table, &there.units, splitting))
+        let (manner, ranges) = match (there, &of.division) {
+            (Some(there), Some(division)) => {
+                (Manner::Rest(there.units.clone()), missing(&of.table, division, &there.units, splitting))
             }
-            (_, Some(splitting)) if is_divided(&of.table, splitting) => {
-                (Manner::Parts, missing(&of.table, &[], splitting))
+            (_, Some(division)) if is_divided(&of.table, division, splitting) => {
+                (Manner::Parts, missing(&of.table, division, &[], splitting))
             }
             _ => (Manner::Whole, Vec::new()),
         };
         let contents: Vec<Content> = match manner {
             Manner::Whole => vec![Content::Tables(vec![at])],
-            Manner::Parts | Manner::Rest(_) => ranges.into_iter().map(|blocks| Content::Part(at, blocks)).collect(),
+            Manner::Parts | Manner::Rest(_) => ranges.into_iter().map(|range| Content::Part(at, range)).collect(),
         };
         let parts = contents.len();
         plan.units.extend(contents.into_iter().map(|content| Unit { content, late: of.late }));
@@ -180,7 +172,7 @@ pub fn plan(
         let wanted = table.and_then(|table| first.iter().position(|pattern| is_meant(pattern, table)));
         (unit.late, wanted.unwrap_or(first.len()), std::cmp::Reverse(table.map_or(0, |table| table.bytes)))
     };
-    // Stable: the units of a table stay in the order of its blocks.
+    // Stable: the units of a table stay in the order of its ranges.
     let mut units = std::mem::take(&mut plan.units);
     units.sort_by_cached_key(place);
     plan.units = together(units, &plan.tables);
@@ -244,36 +236,44 @@ fn can_go_on(of: &Candidate, begun: &Begun) -> bool {
     begun.shape == of.shape && !begun.units.is_empty() && of.table.identity != ReplicaIdentity::Nothing
 }
 
-fn is_divided(table: &Table, splitting: Splitting) -> bool {
+fn is_divided(table: &Table, division: &Division, splitting: Splitting) -> bool {
     let has_columns = table.columns.iter().any(|column| !column.generated);
-    table.bytes > splitting.above && has_columns && table.heap_bytes / splitting.block_size.max(1) >= 2
+    table.bytes > splitting.above && has_columns && division.places(table.heap_bytes / splitting.block_size.max(1)) >= 2
 }
 
-/// The ranges of a table that are not there, each about as large as a unit is to be. Together with `there` they hold every block
-/// once, also those that come to the table later.
-fn missing(table: &Table, there: &[FinishedUnit], splitting: Splitting) -> Vec<Blocks> {
-    let blocks = table.heap_bytes / splitting.block_size.max(1);
-    let unit = UNIT.min(splitting.above).max(table.bytes / MOST_PARTS).max(1);
-    let step = u64::try_from(u128::from(blocks) * u128::from(unit) / u128::from(table.bytes.max(1))).unwrap_or(blocks);
+/// Into how many units a table is divided that has this many bytes.
+pub(super) fn parts(bytes: u64, above: u64) -> u64 {
+    bytes.div_ceil(UNIT.min(above).max(bytes / MOST_PARTS).max(1))
+}
+
+/// The ranges of a table that are not there, each about as large as a unit is to be. Together with `there` they hold every row
+/// once, also those of blocks that come to the table later.
+fn missing(table: &Table, division: &Division, there: &[FinishedUnit], splitting: Splitting) -> Vec<Range> {
+    let places = division.places(table.heap_bytes / splitting.block_size.max(1));
+    let step = match division {
+        Division::Blocks => places.div_ceil(parts(table.bytes, splitting.above).max(1)),
+        // A share was made as large as a unit.
+        Division::Key(_) => 1,
+    };
     let step = step.max(1);
     let mut ranges = Vec::new();
     let mut fill = |mut from: u64, to: Option<u64>| {
-        let end = to.unwrap_or(blocks);
+        let end = to.unwrap_or(places);
         while end.saturating_sub(from) > step {
-            ranges.push(Blocks { from, to: Some(from + step) });
+            ranges.push(Range { from, to: Some(from + step) });
             from += step;
         }
         if to.is_none_or(|to| from < to) {
-            ranges.push(Blocks { from, to });
+            ranges.push(Range { from, to });
         }
     };
     let mut from = Some(0);
     for unit in there {
         let Some(begin) = from else { break };
-        if begin < unit.blocks.from {
-            fill(begin, Some(unit.blocks.from));
+        if begin < unit.range.from {
+            fill(begin, Some(unit.range.from));
         }
-        from = unit.blocks.to;
+        from = unit.range.to;
     }
     if let Some(begin) = from {
         fill(begin, None);
@@ -283,12 +283,12 @@ fn missing(table: &Table, there: &[FinishedUnit], splitting: Splitting) -> Vec<B
 
 /// Ranges that follow one another, as one.
 #[must_use]
-pub fn joined(units: &[FinishedUnit]) -> Vec<Blocks> {
-    let mut joined: Vec<Blocks> = Vec::new();
+pub fn joined(units: &[FinishedUnit]) -> Vec<Range> {
+    let mut joined: Vec<Range> = Vec::new();
     for unit in units {
         match joined.last_mut() {
-            Some(last) if last.to == Some(unit.blocks.from) => last.to = unit.blocks.to,
-            _ => joined.push(unit.blocks),
+            Some(last) if last.to == Some(unit.range.from) => last.to = unit.range.to,
+            _ => joined.push(unit.range),
         }
     }
     joined
@@ -296,6 +296,7 @@ pub fn joined(units: &[FinishedUnit]) -> Vec<Blocks> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::division::Shares;
     use super::*;
     use crate::postgres::Lsn;
     use crate::postgres::catalog::Column;
@@ -319,7 +320,7 @@ mod tests {
             heap_bytes,
             bytes,
         };
-        Candidate { table, shape: "this".to_owned(), binary: false, late: false }
+        Candidate { table, shape: "this".to_owned(), division: Some(Division::Blocks), binary: false, late: false }
     }
 
     fn record(name: &str, state: TableState) -> TableRecord {
@@ -334,11 +335,15 @@ mod tests {
     }
 
     fn unit(from: u64, to: Option<u64>) -> FinishedUnit {
-        FinishedUnit { blocks: Blocks { from, to }, cut_lsn: Lsn::new(1), rows: 0, bytes: 0 }
+        FinishedUnit { range: Range { from, to }, cut_lsn: Lsn::new(1), rows: 0, bytes: 0 }
     }
 
-    fn simply(tables: Vec<Candidate>, splitting: Option<Splitting>) -> Plan {
-        plan(tables, &[], &HashMap::new(), &[], splitting)
+    fn by_key(bounds: &[&str]) -> Division {
+        Division::Key(Shares::new("id", "text", bounds))
+    }
+
+    fn simply(tables: Vec<Candidate>) -> Plan {
+        plan(tables, &[], &HashMap::new(), &[], SPLITTING)
     }
 
     /// Names of the units' tables, without repetitions in a row.
@@ -356,7 +361,7 @@ mod tests {
     fn finished_tables_stay_and_begun_ones_begin_again() {
         let tables = ["done", "begun", "new"].map(|name| table(name, 0, 0)).to_vec();
         let records = [record("done", TableState::Copied), record("begun", TableState::Copying)];
-        let plan = plan(tables, &records, &HashMap::new(), &[], Some(SPLITTING));
+        let plan = plan(tables, &records, &HashMap::new(), &[], SPLITTING);
         let planned: Vec<_> = plan.tables.iter().map(|p| (p.of.table.name.name.as_str(), p.begun)).collect();
         assert_eq!(planned, [("begun", true), ("new", false)]);
         assert_eq!(plan.units.len(), 2, "what was begun goes alone");
@@ -367,9 +372,9 @@ mod tests {
         let tables = || {
             vec![table("small", 1 << 20, 1 << 20), table("huge", 3 << 30, 3 << 30), table("large", 1 << 30, 1 << 30)]
         };
-        assert_eq!(order(&simply(tables(), Some(SPLITTING))), ["huge", "large", "small"]);
+        assert_eq!(order(&simply(tables())), ["huge", "large", "small"]);
         let first = [TablePattern::new("public.sm*").unwrap()];
-        let wanted = plan(tables(), &[], &HashMap::new(), &first, Some(SPLITTING));
+        let wanted = plan(tables(), &[], &HashMap::new(), &first, SPLITTING);
         assert_eq!(order(&wanted), ["small", "huge", "large"]);
     }
 
@@ -379,7 +384,7 @@ mod tests {
         tables[99].late = true;
         tables.push(table("large", 1 << 20, 1 << 20));
         let records = [record("t98", TableState::Copying)];
-        let plan = plan(tables, &records, &HashMap::new(), &[], Some(SPLITTING));
+        let plan = plan(tables, &records, &HashMap::new(), &[], SPLITTING);
         let sizes: Vec<usize> = plan
             .units
             .iter()
@@ -397,7 +402,7 @@ mod tests {
     fn tables_of_very_many_columns_stay_alone() {
         let mut wide = table("wide", 0, 0);
         wide.table.columns = vec![wide.table.columns[0].clone(); 1600];
-        let plan = simply(vec![wide.clone(), wide.clone(), wide], None);
+        let plan = simply(vec![wide.clone(), wide.clone(), wide]);
         assert_eq!(plan.units[0].content, Content::Tables(vec![0, 1]));
         assert_eq!(plan.units[1].content, Content::Tables(vec![2]));
     }
@@ -407,13 +412,20 @@ mod tests {
         let mut tables = vec![table("checked", 3 << 30, 3 << 30), table("small", 1, 1)];
         tables[0].late = true;
         let first = [TablePattern::new("checked").unwrap()];
-        assert_eq!(order(&plan(tables, &[], &HashMap::new(), &first, Some(SPLITTING))), ["small", "checked"]);
+        assert_eq!(order(&plan(tables, &[], &HashMap::new(), &first, SPLITTING)), ["small", "checked"]);
     }
 
     #[test]
-    fn an_old_source_divides_nothing() {
-        assert_eq!(simply(vec![table("huge", 9 << 30, 9 << 30)], None).units.len(), 1);
-        assert_eq!(simply(vec![table("huge", 9 << 30, 9 << 30)], Some(SPLITTING)).units.len(), 9 * 32);
+    fn a_table_is_divided_by_what_its_source_can_read() {
+        let huge = |division| simply(vec![Candidate { division, ..table("huge", 9 << 30, 9 << 30) }]).units;
+        assert_eq!(huge(None).len(), 1);
+        assert_eq!(huge(Some(Division::Blocks)).len(), 9 * 32);
+        let shares = huge(Some(by_key(&["b", "c"])));
+        let of = |from, to| Content::Part(0, Range { from, to });
+        let contents: Vec<_> = shares.into_iter().map(|unit| unit.content).collect();
+        assert_eq!(contents, [of(0, Some(1)), of(1, Some(2)), of(2, None)]);
+        // A key of one value divides nothing.
+        assert_eq!(huge(Some(by_key(&[])))[0].content, Content::Tables(vec![0]));
     }
 
     #[test]
@@ -421,10 +433,9 @@ mod tests {
         let records = [record("t", TableState::Copying)];
         let begun = |shape: &str| {
             let units = vec![unit(0, Some(4096)), unit(8192, Some(12288))];
-            HashMap::from([(QualifiedName::new("public", "t"), Begun { shape: shape.to_owned(), units })])
+            HashMap::from([(QualifiedName::new("public", "t"), Begun { shape: shape.to_owned(), bounds: None, units })])
         };
-        let of =
-            |shape: &str, candidate: Candidate| plan(vec![candidate], &records, &begun(shape), &[], Some(SPLITTING));
+        let of = |shape: &str, candidate: Candidate| plan(vec![candidate], &records, &begun(shape), &[], SPLITTING);
         let kept = of("this", table("t", 2 << 30, 2 << 30));
         assert!(matches!(&kept.tables[0].manner, Manner::Rest(units) if units.len() == 2));
         assert_eq!(kept.tables[0].parts, 64 - 2);
@@ -439,17 +450,19 @@ mod tests {
     #[test]
     fn ranges_that_touch_are_one() {
         let units = [unit(0, Some(3)), unit(3, Some(5)), unit(7, Some(9)), unit(9, None)];
-        assert_eq!(joined(&units), [Blocks { from: 0, to: Some(5) }, Blocks { from: 7, to: None }]);
+        assert_eq!(joined(&units), [Range { from: 0, to: Some(5) }, Range { from: 7, to: None }]);
     }
 
     proptest! {
-        /// What is there and what is missing are all blocks, each once, whatever is there and whatever size the units have by now.
+        /// What is there and what is missing are all places, each once, whatever is there and whatever size the units have by now.
         #[test]
-        fn every_block_is_there_once(
+        fn every_place_is_there_once(
             heap in 0..1u64 << 42, toast in 0..1u64 << 42, above in 1..1u64 << 40,
-            bounds in proptest::collection::btree_set(0..1u64 << 30, 0..12), finished: [bool; 13],
+            ends in proptest::collection::btree_set(0..1u64 << 30, 0..12), finished: [bool; 13],
+            shares in proptest::option::of(0..200_usize),
         ) {
-            let ends = bounds.iter().copied().map(Some).chain([None]);
+            let last = shares.map_or(u64::MAX, |shares| shares as u64);
+            let ends = ends.iter().copied().filter(|&end| end <= last).map(Some).chain([None]);
             let mut from = 0;
             let mut there = Vec::new();
             for (to, finished) in ends.zip(finished) {
@@ -458,9 +471,11 @@ mod tests {
                 }
                 from = to.unwrap_or(0);
             }
-            let found = missing(&table("t", heap, heap + toast).table, &there, Splitting { above, block_size: 8192 });
-            let mut all: Vec<Blocks> = there.iter().map(|unit| unit.blocks).chain(found).collect();
-            all.sort_by_key(|blocks| blocks.from);
+            let division = shares.map_or(Division::Blocks, |shares| by_key(&vec!["k"; shares]));
+            let table = table("t", heap, heap + toast).table;
+            let found = missing(&table, &division, &there, Splitting { above, block_size: 8192 });
+            let mut all: Vec<Range> = there.iter().map(|unit| unit.range).chain(found).collect();
+            all.sort_by_key(|range| range.from);
             prop_assert_eq!(all[0].from, 0);
             prop_assert_eq!(all[all.len() - 1].to, None);
             for pair in all.windows(2) {

@@ -2,11 +2,12 @@
 //!
 //! # Why units of two cuts meet exactly
 //!
-//! The target holds, of some ranges of the table's blocks, the rows that stood there at an earlier cut. It is to hold the rows that
+//! The target holds, of some ranges of the table, the rows that stood there at an earlier cut. It is to hold the rows that
 //! stand there at the new one; the other ranges are then copied as the new cut shows them, and the table is as of one cut.
 //!
-//! A row that nobody touched between the two cuts stands where it stood: rows move only when the table is rewritten, and
-//! then its shape is another, and nothing of it is kept. Every row that somebody touched is named by the stream between the two
+//! A row that nobody touched between the two cuts stands where it stood. In ranges of blocks: rows move only when the table is rewritten,
+//! and then its shape is another, and nothing of it is kept. In ranges of the key: it has the same key, and the bounds of the ranges are
+//! those that were written down when the table was opened. Every row that somebody touched is named by the stream between the two
 //! cuts: an insert and an update by the new row, an update and a delete by what identifies the old one. So for each key that the
 //! stream names, what the target holds under it is removed, and what the new cut shows under it in those ranges is put there.
 //! It does not matter in which order or how often a key is named, nor that a row may have left the ranges or come into them: for
@@ -22,6 +23,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use std::collections::{HashMap, HashSet};
 
 use super::Context;
+use super::division::Range;
 use super::plan::{self, Manner, Plan, Planned};
 use super::statements::{self, KeyColumn};
 use super::worker::Worker;
@@ -44,7 +46,7 @@ pub(super) struct Rest<'a> {
     /// Which of the plan's tables.
     pub at: usize,
     pub planned: &'a Planned,
-    pub ranges: Vec<plan::Blocks>,
+    pub ranges: Vec<Range>,
     pub key: Vec<KeyColumn>,
     /// Changes that committed before are in what is there.
     since: Lsn,

@@ -4,7 +4,8 @@ use crate::error::{Class, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
-use super::plan::Blocks;
+use super::division::Range;
+use super::plan::Candidate;
 use super::pump::Form;
 
 /// Set on both connections of a worker, beyond what every connection pins: rows arrive in the order of the heap.
@@ -14,8 +15,9 @@ pub(super) const BOTH_SIDES: &str = "SET synchronize_seqscans = off";
 /// what it lost, nobody relies on. The next phase is entered by a commit that waits for the disk, and with it for all of these.
 pub(super) const DURABLE_LATER: &str = "SET synchronous_commit = off";
 
-/// How long a worker stands in the queue of a lock on the source before it steps aside for a moment.
-pub(super) const SOURCE_LOCK_TIMEOUT: &str = "SET lock_timeout = '5s'";
+/// A worker stands in the queue of a lock on the source for so long before it steps aside for a moment; and it is one process there, also
+/// where it reads by a key.
+pub(super) const SOURCE_SIDE: &str = "SET lock_timeout = '5s'; SET max_parallel_workers_per_gather = 0";
 
 /// Nothing fires on the target while rows arrive; a role that may not say so goes on without.
 pub(super) const REPLICA_ROLE: &str = "SET session_replication_role = replica";
@@ -87,27 +89,20 @@ pub(super) const REWRITTEN: &str = "
     SELECT c.oid FROM pg_catalog.pg_class c
     WHERE c.oid = ANY ($1) AND c.relfilenode <> pg_catalog.pg_relation_filenode(c.oid)";
 
-/// Reads a table, or the rows that stood in a range of its blocks.
-pub(super) fn read(table: &Table, blocks: Option<Blocks>, form: Form) -> String {
-    let with = options(form, false);
-    let Some(blocks) = blocks else {
+/// Reads a table, or the rows that stand in a range of it.
+pub(super) fn read(of: &Candidate, range: Option<Range>) -> String {
+    let (table, with) = (&of.table, options(of.form(), false));
+    let Some(range) = range else {
         return format!("COPY {}{} TO STDOUT{with}", table.name, column_list(table));
     };
-    let range = in_blocks("", &[blocks]);
+    let range = within(of, "", &[range]);
     format!("COPY (SELECT {} FROM ONLY {} WHERE {range}) TO STDOUT{with}", columns(table, ""), table.name)
 }
 
-/// A condition: the row stands in one of these ranges. `of` is empty, or a table's alias with its dot.
-fn in_blocks(of: &str, ranges: &[Blocks]) -> String {
-    let one = |blocks: &Blocks| {
-        let from = format!("{of}ctid >= '({},0)'::pg_catalog.tid", blocks.from);
-        let to = blocks.to.map(|to| format!(" AND {of}ctid < '({to},0)'::pg_catalog.tid")).unwrap_or_default();
-        format!("{from}{to}")
-    };
-    match ranges {
-        [blocks] => one(blocks),
-        _ => ranges.iter().map(|blocks| format!("({})", one(blocks))).collect::<Vec<_>>().join(" OR "),
-    }
+/// A condition: the row stands in one of these ranges of the table. `alias` is empty, or the table's alias with its dot.
+fn within(of: &Candidate, alias: &str, ranges: &[Range]) -> String {
+    // Without a division, all of it is one range.
+    of.division.as_ref().map_or_else(|| "true".to_owned(), |division| division.within(alias, ranges))
 }
 
 /// Writes rows into a table. A table that was truncated in the same transaction takes them as frozen, which spares the
@@ -254,13 +249,7 @@ pub(super) const LOOK_UP: &str =
     "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
 
 /// Reads the rows of these keys, as far as they stand in one of these ranges.
-pub(super) fn read_touched(
-    table: &Table,
-    key: &[KeyColumn],
-    keys: &[Vec<String>],
-    ranges: &[Blocks],
-    form: Form,
-) -> String {
+pub(super) fn read_touched(of: &Candidate, key: &[KeyColumn], keys: &[Vec<String>], ranges: &[Range]) -> String {
     let row = |values: &Vec<String>| {
         let values =
             key.iter().zip(values).map(|(column, value)| format!("{}::{}", quote_literal(value), column.type_name));
@@ -268,13 +257,13 @@ pub(super) fn read_touched(
     };
     format!(
         "COPY (SELECT {} FROM ONLY {} AS of JOIN (VALUES {}) AS touched ({}) ON {} WHERE {}) TO STDOUT{}",
-        columns(table, "of."),
-        table.name,
+        columns(&of.table, "of."),
+        of.table.name,
         keys.iter().map(row).collect::<Vec<_>>().join(", "),
         list(key, |_, k| format!("k{k}")),
         same_key(key),
-        in_blocks("of.", ranges),
-        options(form, false),
+        within(of, "of.", ranges),
+        options(of.form(), false),
     )
 }
 
@@ -302,11 +291,12 @@ fn column_list(table: &Table) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::division::Division;
     use super::*;
     use crate::postgres::catalog::{Column, ReplicaIdentity};
 
-    fn table(columns: &[(&str, bool)]) -> Table {
-        Table {
+    fn candidate(columns: &[(&str, bool)]) -> Candidate {
+        let table = Table {
             oid: 1,
             name: QualifiedName::new("s", "t\"x"),
             columns: columns
@@ -323,54 +313,54 @@ mod tests {
             above: Vec::new(),
             heap_bytes: 0,
             bytes: 0,
-        }
+        };
+        Candidate { table, shape: String::new(), division: Some(Division::Blocks), binary: false, late: false }
     }
 
     #[test]
     fn generated_columns_are_left_out_on_both_sides() {
-        let table = table(&[("a", false), ("b", true), ("c d", false)]);
-        assert_eq!(read(&table, None, Form::Text), r#"COPY "s"."t""x" ("a", "c d") TO STDOUT"#);
-        assert_eq!(write(&table, true, Form::Text), r#"COPY "s"."t""x" ("a", "c d") FROM STDIN WITH (FREEZE)"#);
+        let of = candidate(&[("a", false), ("b", true), ("c d", false)]);
+        assert_eq!(read(&of, None), r#"COPY "s"."t""x" ("a", "c d") TO STDOUT"#);
+        assert_eq!(write(&of.table, true, Form::Text), r#"COPY "s"."t""x" ("a", "c d") FROM STDIN WITH (FREEZE)"#);
     }
 
     #[test]
     fn a_table_without_columns_is_copied_without_a_list() {
         for columns in [&[][..], &[("g", true)]] {
-            assert_eq!(read(&table(columns), None, Form::Text), r#"COPY "s"."t""x" TO STDOUT"#);
-            assert_eq!(write(&table(columns), false, Form::Text), r#"COPY "s"."t""x" FROM STDIN"#);
+            let of = candidate(columns);
+            assert_eq!(read(&of, None), r#"COPY "s"."t""x" TO STDOUT"#);
+            assert_eq!(write(&of.table, false, Form::Text), r#"COPY "s"."t""x" FROM STDIN"#);
         }
     }
 
     #[test]
-    fn the_last_range_has_no_end() {
-        let table = table(&[("a", false)]);
-        let first = read(&table, Some(Blocks { from: 0, to: Some(7) }), Form::Text);
-        assert!(first.ends_with("WHERE ctid >= '(0,0)'::pg_catalog.tid AND ctid < '(7,0)'::pg_catalog.tid) TO STDOUT"));
-        let last = read(&table, Some(Blocks { from: 7, to: None }), Form::Text);
-        assert!(last.ends_with("WHERE ctid >= '(7,0)'::pg_catalog.tid) TO STDOUT"));
+    fn a_range_is_read_alone() {
+        let of = candidate(&[("a", false)]);
+        let part = read(&of, Some(Range { from: 7, to: None }));
+        assert_eq!(part, r#"COPY (SELECT "a" FROM ONLY "s"."t""x" WHERE ctid >= '(7,0)'::pg_catalog.tid) TO STDOUT"#);
     }
 
     #[test]
     fn binary_is_asked_of_both_sides() {
-        let table = table(&[("a", false)]);
-        assert!(read(&table, None, Form::Binary).ends_with("TO STDOUT WITH (FORMAT binary)"));
-        assert!(write(&table, true, Form::Binary).ends_with("FROM STDIN WITH (FORMAT binary, FREEZE)"));
+        let of = Candidate { binary: true, ..candidate(&[("a", false)]) };
+        assert!(read(&of, None).ends_with("TO STDOUT WITH (FORMAT binary)"));
+        assert!(write(&of.table, true, Form::Binary).ends_with("FROM STDIN WITH (FORMAT binary, FREEZE)"));
     }
 
     #[test]
     fn changed_rows_are_read_by_their_keys_where_units_are_there() {
-        let table = table(&[("a", false), ("b", false)]);
+        let of = candidate(&[("a", false), ("b", false)]);
         let key = ["a", "b"].map(|name| KeyColumn {
             name: name.to_owned(),
             type_name: "integer".to_owned(),
             equality: "OPERATOR(pg_catalog.=)".to_owned(),
         });
-        let ranges = [Blocks { from: 0, to: Some(3) }, Blocks { from: 7, to: None }];
+        let ranges = [Range { from: 0, to: Some(3) }, Range { from: 7, to: None }];
         let keys = [vec!["1".to_owned(), "it's".to_owned()]];
         assert_eq!(
-            read_touched(&table, &key, &keys, &ranges, Form::Text),
+            read_touched(&of, &key, &keys, &ranges),
             r#"COPY (SELECT of."a", of."b" FROM ONLY "s"."t""x" AS of JOIN (VALUES ('1'::integer, 'it''s'::integer)) AS touched (k0, k1) ON of."a" OPERATOR(pg_catalog.=) touched.k0 AND of."b" OPERATOR(pg_catalog.=) touched.k1 WHERE (of.ctid >= '(0,0)'::pg_catalog.tid AND of.ctid < '(3,0)'::pg_catalog.tid) OR (of.ctid >= '(7,0)'::pg_catalog.tid)) TO STDOUT"#
         );
-        assert!(delete_touched(4, &table.name, &key).contains("pg_temp.pgtandem_touched_4"));
+        assert!(delete_touched(4, &of.table.name, &key).contains("pg_temp.pgtandem_touched_4"));
     }
 }

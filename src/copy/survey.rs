@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::division::{self, Division, Wanted};
 use super::plan::{self, Candidate, Plan, Splitting};
 use super::{Context, blockers, gone, late, shown, version};
 use crate::config;
@@ -73,7 +74,7 @@ pub(super) struct Survey {
     candidates: Vec<Candidate>,
     records: Vec<TableRecord>,
     begun: HashMap<QualifiedName, Begun>,
-    splitting: Option<Splitting>,
+    splitting: Splitting,
 }
 
 impl Survey {
@@ -81,7 +82,7 @@ impl Survey {
     pub(super) async fn take(context: &Context, cut: &Cut) -> Result<Self> {
         let session = context.source.connect("copy").await?;
         let copied = context.store.tables().await?.into_iter().filter(|table| table.state == TableState::Copied);
-        let copied = copied.map(|table| table.name).collect();
+        let copied: HashSet<QualifiedName> = copied.map(|table| table.name).collect();
         let target = context.target.connect("copy").await?;
         let tables = shown(&session, &context.scope, context.store.name(), cut, &copied);
         // The size of a table is told to whoever can lock it.
@@ -92,10 +93,12 @@ impl Survey {
         let splitting = splitting(&session, &context.settings).await?;
         let late = late(&session).await?;
         let begun = begun(context).await?;
-        let wanted =
-            tables.iter().filter(|table| table.bytes > context.settings.split_above || begun.contains_key(&table.name));
+        let is_large = |table: &&Table| table.bytes > context.settings.split_above || begun.contains_key(&table.name);
+        let wanted = tables.iter().filter(|table| !copied.contains(&table.name)).filter(is_large);
+        let wanted: Vec<&Table> = wanted.collect();
         let publications = context.store.name().publications();
-        let shapes = shapes(&session, wanted.map(|table| table.oid).collect(), &publications).await?;
+        let shapes = shapes(&session, wanted.iter().map(|table| table.oid).collect(), &publications).await?;
+        let mut divisions = divisions(context, &session, &wanted, &shapes, &begun).await?;
         let mut alike = tables_by_form(&session).await?;
         alike.retain(|name, form| there.get(name) == Some(form));
         session.batch_execute("COMMIT").await?;
@@ -108,6 +111,7 @@ impl Survey {
         }
         let candidate = |table: Table| Candidate {
             shape: shapes.get(&table.oid).cloned().unwrap_or_default(),
+            division: divisions.remove(&table.oid),
             binary: alike.contains_key(&table.name),
             late: late.contains(&table.oid),
             table,
@@ -184,15 +188,24 @@ async fn without_those_to_come(context: &Context, target: &Session, mut tables: 
     Ok(tables)
 }
 
-/// Whether and how the source can be read in ranges of blocks.
-async fn splitting(session: &Session, settings: &config::Copy) -> Result<Option<Splitting>> {
-    if version(session).await? < 140_000 {
-        tracing::info!(
-            "the source is older than PostgreSQL 14: a large table is copied by one worker, in one transaction"
-        );
-        return Ok(None);
-    }
+/// What is to be known to divide large tables.
+async fn splitting(session: &Session, settings: &config::Copy) -> Result<Splitting> {
     let row = session.query_one("SELECT pg_catalog.current_setting('block_size')::int8", &[]).await?;
     let block_size = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(8192);
-    Ok(Some(Splitting { above: settings.split_above, block_size }))
+    Ok(Splitting { above: settings.split_above, block_size })
+}
+
+/// How these tables are divided: one of which units are there, as it was when it was opened.
+async fn divisions(
+    context: &Context,
+    session: &Session,
+    tables: &[&Table],
+    shapes: &HashMap<u32, String>,
+    begun: &HashMap<QualifiedName, Begun>,
+) -> Result<HashMap<u32, Division>> {
+    let wanted = tables.iter().map(|&table| {
+        let opened = begun.get(&table.name).filter(|begun| shapes.get(&table.oid) == Some(&begun.shape));
+        Wanted { table, opened: opened.map(|begun| begun.bounds.as_deref()) }
+    });
+    division::find(context, session, version(session).await?, &wanted.collect::<Vec<_>>()).await
 }

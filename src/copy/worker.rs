@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use postgres_protocol::message::frontend;
 
-use super::plan::{self, Blocks, Content, Manner};
+use super::division::{Division, Range};
+use super::plan::{self, Content, Manner};
 use super::pump::{self, Advance, Moved, Pass};
 use super::resume::Rest;
 use super::statements::{self, Emptying};
@@ -47,7 +48,7 @@ impl Worker {
         let source = async {
             let mut source = Wire::connect(&context.source, SESSIONS, Mode::Sql, &[]).await?;
             source.query(statements::BOTH_SIDES).await.doing(|| "preparing the source's session")?;
-            source.query(statements::SOURCE_LOCK_TIMEOUT).await?;
+            source.query(statements::SOURCE_SIDE).await?;
             source
                 .query(&statements::import_snapshot(&cut.snapshot))
                 .await
@@ -72,9 +73,9 @@ impl Worker {
     pub(super) async fn work(mut self, job: Arc<Job>, late: bool) -> Result<Self> {
         while let Some(unit) = job.next(late) {
             match &unit.content {
-                Content::Part(table, blocks) => {
+                Content::Part(table, range) => {
                     let table = job.table(*table)?;
-                    self.copy_part(&job, table, *blocks).await.doing(|| copying(&[table]))?;
+                    self.copy_part(&job, table, *range).await.doing(|| copying(&[table]))?;
                 }
                 Content::Tables(tables) => {
                     let tables = tables.iter().map(|&at| job.table(at)).collect::<Result<Vec<_>>>()?;
@@ -132,15 +133,15 @@ impl Worker {
         Ok(true)
     }
 
-    /// Adds the rows of some blocks to a table that was opened before.
-    async fn copy_part(&mut self, job: &Job, table: &InFlight, blocks: Blocks) -> Result<()> {
+    /// Adds the rows of a range to a table that was opened before.
+    async fn copy_part(&mut self, job: &Job, table: &InFlight, range: Range) -> Result<()> {
         let Context { source, telemetry, store, finish, .. } = &job.context;
         let this = &table.table().name;
         lock(&mut self.source, source, table.table(), telemetry).await?;
         self.target.query("BEGIN").await?;
-        let moved = self.forward(job, &[table], &[pass(table, Some(blocks), false)]).await?;
+        let moved = self.forward(job, &[table], &[pass(table, Some(range), false)]).await?;
         let Moved { rows, bytes } = moved.first().copied().unwrap_or_default();
-        let unit = FinishedUnit { blocks, cut_lsn: job.cut.lsn, rows, bytes };
+        let unit = FinishedUnit { range, cut_lsn: job.cut.lsn, rows, bytes };
         commit(&mut self.target, &job.context, &unit_sql(store.name().as_str(), this, unit)).await?;
         if table.parts_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.target.query("BEGIN").await?;
@@ -233,7 +234,7 @@ impl Worker {
             if keys.is_empty() {
                 break;
             }
-            let read = statements::read_touched(&of.table, key, &keys, &rest.ranges, form);
+            let read = statements::read_touched(of, key, &keys, &rest.ranges);
             let pass = Pass { doing: String::new(), read, write: write.clone(), form };
             let moved = pump::forward(&mut self.source, &mut self.target, &[pass], "", &mut ()).await?;
             rows += moved.iter().map(|moved| moved.rows).sum::<u64>();
@@ -284,7 +285,9 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
                 target.query("ROLLBACK").await?;
             }
             let fence = fence_sql(store.name().as_str(), *epoch);
-            let opened = opened_sql(store.name().as_str(), name, &table.planned.of.shape);
+            let of = &table.planned.of;
+            let bounds = of.division.as_ref().and_then(Division::bounds);
+            let opened = opened_sql(store.name().as_str(), name, &of.shape, bounds);
             target.query(&format!("{fence}; {opened}; COMMIT")).await.map_err(only_the_leader)
         };
         let what = format!("emptying {} on the target", name.plain());
@@ -396,10 +399,10 @@ pub(super) fn rewritten() -> Error {
     )
 }
 
-/// One COPY of a table, or of some of its blocks. `frozen`: the table was truncated in the same transaction.
-fn pass(table: &InFlight, blocks: Option<Blocks>, frozen: bool) -> Pass {
+/// One COPY of a table, or of a range of it. `frozen`: the table was truncated in the same transaction.
+fn pass(table: &InFlight, range: Option<Range>, frozen: bool) -> Pass {
     let form = table.planned.of.form();
-    let read = statements::read(table.table(), blocks, form);
+    let read = statements::read(&table.planned.of, range);
     let write = statements::write(table.table(), frozen, form);
     Pass { doing: copying(&[table]), read, write, form }
 }

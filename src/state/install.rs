@@ -84,7 +84,13 @@ DO $$ BEGIN
                    WHERE attrelid = 'pgtandem.copy_table'::pg_catalog.regclass AND attname = 'shape') THEN
         ALTER TABLE pgtandem.copy_table ADD COLUMN shape text;
     END IF;
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                   WHERE attrelid = 'pgtandem.copy_table'::pg_catalog.regclass AND attname = 'bounds') THEN
+        ALTER TABLE pgtandem.copy_table ADD COLUMN bounds text[];
+    END IF;
 END $$;
+
+-- from_block and to_block are blocks of the heap, or shares of the key where the table has bounds: share 0 ends where bounds[1] begins.
 
 CREATE TABLE IF NOT EXISTS pgtandem.copy_unit (
     move        text NOT NULL,

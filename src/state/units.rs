@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 
 use super::{Store, lsn};
-use crate::copy::plan::Blocks;
+use crate::copy::division::Range;
 use crate::error::{Doing, Error, Result};
 use crate::postgres::{Lsn, QualifiedName, quote_literal};
 
-/// Rows of a table that stood in a range of its blocks when a cut was taken, and that the target holds.
+/// Rows of a table that stood in a range of it when a cut was taken, and that the target holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FinishedUnit {
-    /// Which blocks of the source.
-    pub blocks: Blocks,
+    /// Which range.
+    pub range: Range,
     /// As of which cut the target holds them.
     pub cut_lsn: Lsn,
     /// How many rows.
@@ -25,17 +25,26 @@ pub struct FinishedUnit {
 pub struct Begun {
     /// What the table was when it was opened; see [`opened_sql`].
     pub shape: String,
-    /// In the order of their blocks.
+    /// Where the shares of its key begin, but for the first one, if its ranges are of these and not of its blocks.
+    pub bounds: Option<Vec<String>>,
+    /// In the order of their ranges.
     pub units: Vec<FinishedUnit>,
 }
 
 /// The statement that opens a table that is copied in parts, in the transaction that empties it. `shape` says which table that
-/// is and what it looks like: units of another shape are not of this table.
+/// is and what it looks like: units of another shape are not of this table. `bounds` as in [`Begun`].
 #[must_use]
-pub fn opened_sql(move_name: &str, table: &QualifiedName, shape: &str) -> String {
+pub fn opened_sql(move_name: &str, table: &QualifiedName, shape: &str, bounds: Option<&[String]>) -> String {
     let this = this_table(move_name, table);
+    let bounds = bounds.map_or_else(
+        || "NULL".to_owned(),
+        |bounds| {
+            format!("ARRAY[{}]::text[]", bounds.iter().map(|bound| quote_literal(bound)).collect::<Vec<_>>().join(", "))
+        },
+    );
     format!(
-        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0, shape = {} WHERE {this};
+        "UPDATE pgtandem.copy_table
+         SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0, shape = {}, bounds = {bounds} WHERE {this};
          {}",
         quote_literal(shape),
         forget_units_sql(move_name, table)
@@ -51,8 +60,8 @@ pub fn unit_sql(move_name: &str, table: &QualifiedName, unit: FinishedUnit) -> S
         quote_literal(move_name),
         quote_literal(&table.schema),
         quote_literal(&table.name),
-        unit.blocks.from,
-        unit.blocks.to.map_or_else(|| "NULL".to_owned(), |to| to.to_string()),
+        unit.range.from,
+        unit.range.to.map_or_else(|| "NULL".to_owned(), |to| to.to_string()),
         unit.cut_lsn,
         unit.rows,
         unit.bytes,
@@ -90,7 +99,7 @@ impl Store {
         let rows = session
             .get()?
             .query(
-                "SELECT u.schema_name, u.table_name, COALESCE(t.shape, ''), u.from_block, u.to_block, u.cut_lsn::text, u.rows, u.bytes
+                "SELECT u.schema_name, u.table_name, COALESCE(t.shape, ''), u.from_block, u.to_block, u.cut_lsn::text, u.rows, u.bytes, t.bounds
                  FROM pgtandem.copy_unit u JOIN pgtandem.copy_table t USING (move, schema_name, table_name)
                  WHERE u.move = $1 AND t.state = 'copying'
                  ORDER BY 1, 2, 4",
@@ -104,9 +113,10 @@ impl Store {
             let to = row.try_get::<_, Option<i64>>(4)?.map(|to| u64::try_from(to).unwrap_or(0));
             let cut_lsn = lsn(row.try_get(5)?)?.ok_or_else(|| Error::bug("a unit of the copy has no cut"))?;
             let unit =
-                FinishedUnit { blocks: Blocks { from: count(3)?, to }, cut_lsn, rows: count(6)?, bytes: count(7)? };
+                FinishedUnit { range: Range { from: count(3)?, to }, cut_lsn, rows: count(6)?, bytes: count(7)? };
             let table = begun.entry(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }).or_default();
             table.shape = row.try_get(2)?;
+            table.bounds = row.try_get(8)?;
             table.units.push(unit);
         }
         Ok(begun)

@@ -16,6 +16,7 @@ use pgtandem::state::{Leadership, Store, TableState};
 use pgtandem::telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
 
+mod keys;
 mod slow;
 mod small;
 
@@ -284,15 +285,6 @@ async fn a_large_table_is_copied_in_parts() {
     assert_same(&moved.source, &moved.target).await;
 }
 
-#[tokio::test]
-async fn a_source_that_cannot_read_ranges_is_copied_whole() {
-    let (source, target) = tokio::join!(Cluster::start(13), Cluster::start(15));
-    let moved = Move::configured((source, target), LARGE, &[("split_above", "4000000")]).await;
-    moved.source.execute(LARGE_ROWS).await;
-    assert_eq!(moved.copy().await, Outcome::Complete);
-    assert_same(&moved.source, &moved.target).await;
-}
-
 /// Inserts the next ids into the ledger, several transactions at once that overlap, until told to stop.
 fn write_ledger(source: &Database, stop: &CancellationToken) -> Vec<tokio::task::JoinHandle<()>> {
     (0..3i64)
@@ -410,7 +402,11 @@ const CHANGES: &str = r"
 
 #[tokio::test]
 async fn what_changes_between_two_starts_is_brought_into_the_units_that_are_there() {
-    let mut moved = Move::configured(Cluster::pair().await, CHANGING, SLOW).await;
+    changes_are_brought_into_units(Cluster::pair().await, CHANGING).await;
+}
+
+async fn changes_are_brought_into_units(clusters: (Cluster, Cluster), schema: &str) {
+    let mut moved = Move::configured(clusters, schema, SLOW).await;
     moved.source.execute(CHANGING_ROWS).await;
     let (some, more) = (3, 7);
     moved.begin_and_die(async || moved.units("changing").await >= some).await;

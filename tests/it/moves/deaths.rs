@@ -134,23 +134,26 @@ const IN_UNITS: &str = "[copy]\nsplit_above = \"1MiB\"\nmax_bytes_per_second = \
 
 const UNITS: &str = "select 1 from pgtandem.copy_unit limit 1";
 
-/// A move whose daemon dies up to `kills` times while it copies, and while it catches up; one of three moves keeps changes in a spool.
+/// A move whose daemon dies up to `kills` times while it copies, and while it catches up. One of three moves keeps changes in a
+/// spool, and one of three reads tables by their keys.
 async fn survives_copying(random: &mut Xorshift, kills: u64) -> u64 {
-    let mut stage = Stage::new(versions_under_test(), scale(5)).await.configured(IN_UNITS);
+    let (mut from, to) = versions_under_test();
+    if random.below(3) == 0 {
+        println!("from 13, by keys");
+        from = 13;
+    }
+    let mut stage = Stage::new((from, to), scale(5)).await.configured(IN_UNITS);
     if random.below(3) == 0 {
         println!("with a spool");
         let folder = stage.file("spool");
         stage.program = stage.program.env("PGTANDEM_FOLLOW_SPOOL", folder);
     }
     let load = Load::start(&stage, GENTLE);
-    let (mut deaths, mut with_units) = (0, 0);
-    if versions_under_test().0 >= 14 {
-        // One of them certainly leaves a table in part.
-        let daemon = stage.daemon(&[]);
-        wait_until("a unit is there", LONG, async || stage.state(UNITS).await.is_some()).await;
-        daemon.kill();
-        (deaths, with_units) = (1, 1);
-    }
+    // One of them certainly leaves a table in part.
+    let daemon = stage.daemon(&[]);
+    wait_until("a unit is there", LONG, async || stage.state(UNITS).await.is_some()).await;
+    daemon.kill();
+    let (mut deaths, mut with_units) = (1, 1);
     while deaths < kills {
         let daemon = stage.daemon(&[]);
         match stage.reached().await {
