@@ -1,23 +1,34 @@
 //! How a large table is divided into ranges that the source can read one by one.
 //!
-//! From PostgreSQL 14 on a range of a heap's blocks is read without a look at the others. Before, and where a table is stored otherwise than
-//! as a heap, only an index finds some of the rows: there, the values of the primary key's first column (or of the replica identity's) are
-//! divided into *shares* of about as many rows each.
+//! From PostgreSQL 14 on a range of a heap's blocks is read without a look at the others. Before, and where a table is stored in a way that
+//! cannot do this, an index finds some of the rows: there, the values of the first column of the primary key (or else of the replica
+//! identity's index) are divided into *shares* of about as many rows each.
 //!
-//! Where the shares begin is taken from a sample of the table as the cut shows it, and is written down when the table is opened: units of
-//! different runs are ranges of the same shares. The sample also tells by how many shares a block would be read. Where rows do not lie in the
-//! order of the key, that is by nearly all of them, so that shares as small as units would have the table read over and over: then there
-//! are as many shares as workers.
+//! # Why each row is in one range
+//!
+//! Of blocks: it stands in one. Of shares: each begins where the one before it ends, the first one has no beginning and the last one no end;
+//! this holds for any bounds that ascend. They are taken from a sample of the table as the cut shows it, and are written down when the table
+//! is opened: units of different runs are ranges of the same shares. Only such types are divided whose values print the same for ever and
+//! whose order no library decides, so that neither a bound nor the index can come to mean something else.
+//!
+//! That the index finds each row is trusted, as the source's own queries do: rows that it lost are missed, and told by the counts before the
+//! cutover.
+//!
+//! # Why not always as many shares as units
+//!
+//! Where rows do not lie in the order of the key, each block holds rows of many shares, and is read for each of them. The sample tells for
+//! how many; there are as many shares as possible such that the table is read twice at most.
 
 use std::collections::HashMap;
 
 use super::{Context, blockers, plan, statements};
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::{Session, quote_identifier, quote_literal};
+use crate::state::Begun;
 
-/// Some places of a table that follow one another: blocks of its heap, or shares of its key. The last range has no end, so that blocks added
-/// since it was planned are in it.
+/// Some places of a table that follow one another: blocks of its heap, or shares of its key. The last range has no end, so that what comes
+/// to the table behind it is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// The first place.
@@ -47,42 +58,32 @@ pub struct Shares {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Key {
     column: String,
-    /// `format_type`, qualified.
+    /// `format_type`
     type_name: String,
-    /// The index's own, as `OPERATOR(schema.<)`.
-    below: String,
-    at_least: String,
 }
 
-/// `$1`: oids of tables. The first column of an index that finds each of their rows, in the order that is its type's and its own.
+/// `$1`: oids of tables. The first column of an index that holds each of their rows, in the order of its type. 950 and 951 are the collations
+/// C and POSIX.
 const KEYS: &str = "
-    SELECT DISTINCT ON (i.indrelid) i.indrelid, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod),
-           pg_catalog.format('OPERATOR(%I.%s)', bn.nspname, b.oprname), pg_catalog.format('OPERATOR(%I.%s)', an.nspname, l.oprname)
+    SELECT DISTINCT ON (i.indrelid) i.indrelid, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod)
     FROM pg_catalog.pg_index i
     JOIN pg_catalog.pg_attribute a
       ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attnotnull AND a.attcollation = i.indcollation[0]
+    JOIN pg_catalog.pg_type t ON t.oid = a.atttypid AND t.oid < 16384
+     AND t.typname IN ('int2', 'int4', 'int8', 'numeric', 'uuid', 'date', 'timestamp', 'timestamptz', 'bytea', 'text', 'varchar', 'bpchar')
     JOIN pg_catalog.pg_opclass oc ON oc.oid = i.indclass[0] AND oc.opcdefault
     JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
-    JOIN pg_catalog.pg_amop ab ON ab.amopfamily = oc.opcfamily AND ab.amopstrategy = 1
-         AND ab.amoplefttype = oc.opcintype AND ab.amoprighttype = oc.opcintype
-    JOIN pg_catalog.pg_operator b ON b.oid = ab.amopopr JOIN pg_catalog.pg_namespace bn ON bn.oid = b.oprnamespace
-    JOIN pg_catalog.pg_amop al ON al.amopfamily = oc.opcfamily AND al.amopstrategy = 4
-         AND al.amoplefttype = oc.opcintype AND al.amoprighttype = oc.opcintype
-    JOIN pg_catalog.pg_operator l ON l.oid = al.amopopr JOIN pg_catalog.pg_namespace an ON an.oid = l.oprnamespace
-    WHERE i.indrelid = ANY ($1) AND i.indisvalid AND i.indpred IS NULL AND (i.indisprimary OR i.indisreplident)
+    WHERE i.indrelid = ANY ($1) AND (i.indisprimary OR i.indisreplident) AND i.indisvalid AND i.indcollation[0] IN (0, 950, 951)
     ORDER BY i.indrelid, i.indisprimary DESC";
 
 /// `$1`: oids of tables. Those that are no heap.
 const NO_HEAPS: &str = "SELECT c.oid FROM pg_catalog.pg_class c WHERE c.oid = ANY ($1) AND c.relam <> 2";
 
 /// So many blocks are looked at for each share, if there are that many.
-const BLOCKS_A_SHARE: u64 = 16;
+const BLOCKS_A_SHARE: u64 = 4;
 
 /// So many are looked at for a table.
 const MOST_BLOCKS: u64 = 10_000;
-
-/// By how many shares a block may be read on average.
-const MOST_READS: f64 = 2.0;
 
 impl Division {
     /// How many places there are; `blocks` in the heap.
@@ -93,7 +94,7 @@ impl Division {
         }
     }
 
-    /// See [`Shares`].
+    /// Where shares begin, but for the first one.
     pub(super) fn bounds(&self) -> Option<&[String]> {
         match self {
             Self::Blocks => None,
@@ -123,22 +124,23 @@ fn in_blocks(alias: &str, range: Range) -> String {
 impl Shares {
     #[cfg(test)]
     pub(super) fn new(column: &str, type_name: &str, bounds: &[&str]) -> Self {
-        let operator = |name: &str| format!("OPERATOR(pg_catalog.{name})");
-        let (column, type_name) = (column.to_owned(), type_name.to_owned());
-        let key = Key { column, type_name, below: operator("<"), at_least: operator(">=") };
+        let key = Key { column: column.to_owned(), type_name: type_name.to_owned() };
         Self { key, bounds: bounds.iter().map(|&bound| bound.to_owned()).collect() }
     }
 
     fn within(&self, alias: &str, range: Range) -> String {
-        let Key { column, type_name, below, at_least } = &self.key;
-        // A place beyond the last share has no bound: nothing ends or begins there.
-        let bound = |place: u64| self.bounds.get(usize::try_from(place).ok()?.checked_sub(1)?);
-        let compare = |operator: &str, bound: &String| {
-            format!("{alias}{} {operator} {}::{type_name}", quote_identifier(column), quote_literal(bound))
+        let compare = |operator: &str, place: u64| {
+            let bound = self.bounds.get(usize::try_from(place).ok()?.checked_sub(1)?)?;
+            let Key { column, type_name } = &self.key;
+            let (column, bound) = (quote_identifier(column), quote_literal(bound));
+            Some(format!("{alias}{column} OPERATOR(pg_catalog.{operator}) {bound}::{type_name}"))
         };
-        let from = bound(range.from).map(|bound| compare(at_least, bound));
-        let to = range.to.and_then(bound).map(|bound| compare(below, bound));
-        match (from, to) {
+        let from = compare(">=", range.from);
+        if from.is_none() && range.from > 0 {
+            // Behind the last share is nothing.
+            return "false".to_owned();
+        }
+        match (from, range.to.and_then(|to| compare("<", to))) {
             (None, None) => "true".to_owned(),
             (Some(one), None) | (None, Some(one)) => one,
             (Some(from), Some(to)) => format!("{from} AND {to}"),
@@ -146,14 +148,8 @@ impl Shares {
     }
 }
 
-/// A table that is to be divided, or was when it was opened.
-pub(super) struct Wanted<'a> {
-    pub table: &'a Table,
-    /// How it was divided when it was opened, if that still counts: see [`Shares`].
-    pub opened: Option<Option<&'a [String]>>,
-}
-
-/// Finds how each of these tables is divided; those that cannot be are left out. In the transaction of the cut; nothing stays locked.
+/// Finds how each of these tables is divided; those that cannot be are left out. One of which units are there stays divided as it was. In the
+/// transaction of the cut; nothing stays locked.
 ///
 /// # Errors
 /// The connection's.
@@ -161,88 +157,142 @@ pub(super) async fn find(
     context: &Context,
     session: &Session,
     version: i32,
-    wanted: &[Wanted<'_>],
+    wanted: &[(&Table, Option<&Begun>)],
 ) -> Result<HashMap<u32, Division>> {
-    let oids: Vec<u32> = wanted.iter().map(|wanted| wanted.table.oid).collect();
+    let mut divisions = HashMap::new();
+    if wanted.is_empty() {
+        return Ok(divisions);
+    }
+    let oids: Vec<u32> = wanted.iter().map(|(table, _)| table.oid).collect();
     let no_heaps = session.query(NO_HEAPS, &[&oids]).await.doing(|| "looking how tables are stored")?;
     let no_heaps: Vec<u32> = no_heaps.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     let mut keys = keys(session, oids).await?;
-    let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
-    let mut divisions = HashMap::new();
-    for Wanted { table, opened } in wanted {
+    for &(table, begun) in wanted {
+        let by_key = |key: Key, bounds: Vec<String>| Division::Key(Shares { key, bounds });
         let key = keys.remove(&table.oid);
-        let by_blocks = version >= 140_000 && !no_heaps.contains(&table.oid);
-        let division = match (opened, key) {
-            (Some(None), _) => Some(Division::Blocks),
-            (Some(Some(bounds)), Some(key)) => Some(Division::Key(Shares { key, bounds: bounds.to_vec() })),
-            (None, _) if by_blocks => Some(Division::Blocks),
-            (None, Some(key)) => {
-                let what = format!("looking how the keys of {} lie", table.name.plain());
-                let sample = shares(context, session, table, key);
-                blockers::explained(&context.source, pid, &what, &context.telemetry, sample).await?.map(Division::Key)
+        let division = match (begun, key) {
+            (Some(Begun { bounds: None, .. }), _) => Some(Division::Blocks),
+            (Some(Begun { bounds: Some(bounds), .. }), Some(key)) => Some(by_key(key, bounds.clone())),
+            (_, key) => {
+                let is_heap = !no_heaps.contains(&table.oid);
+                if version >= 140_000 && (is_heap || reads_ranges_of_blocks(session, table).await?) {
+                    Some(Division::Blocks)
+                } else {
+                    match key {
+                        Some(key) => bounds(context, session, table, &key).await?.map(|bounds| by_key(key, bounds)),
+                        None => without("no key of it can be divided", table),
+                    }
+                }
             }
-            (_, None) => None,
         };
-        match division {
-            Some(division) => drop(divisions.insert(table.oid, division)),
-            None => {
-                tracing::info!(table = %table.name.plain(), "the source cannot read ranges of this table: one worker copies it, in one transaction");
-            }
-        }
+        divisions.extend(division.map(|division| (table.oid, division)));
     }
     Ok(divisions)
 }
 
+fn without<T>(why: &str, table: &Table) -> Option<T> {
+    tracing::info!(
+        table = %table.name.plain(),
+        "the source cannot read blocks of this table alone, and {why}: one worker copies it, in one transaction"
+    );
+    None
+}
+
+/// Asks the planner about a table that is no heap.
+async fn reads_ranges_of_blocks(session: &Session, table: &Table) -> Result<bool> {
+    let one_block = Division::Blocks.within("", &[Range { from: 0, to: Some(1) }]);
+    let sql = format!("EXPLAIN (COSTS OFF) SELECT FROM ONLY {} WHERE {one_block}", table.name);
+    let plan = session.query(&sql, &[]).await;
+    session.batch_execute(statements::RELEASE).await.doing(|| "looking how a table can be read")?;
+    let Some(line) = plan.ok().and_then(|plan| plan.first()?.try_get::<_, String>(0).ok()) else { return Ok(false) };
+    Ok(line.starts_with("Tid Range Scan"))
+}
+
 async fn keys(session: &Session, oids: Vec<u32>) -> Result<HashMap<u32, Key>> {
     let rows = session.query(KEYS, &[&oids]).await.doing(|| "looking for keys that tell ranges of rows")?;
-    let one = |row: &tokio_postgres::Row| {
-        let (column, type_name, below, at_least) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
-        Ok((row.try_get(0)?, Key { column, type_name, below, at_least }))
-    };
+    let one =
+        |row: &tokio_postgres::Row| Ok((row.try_get(0)?, Key { column: row.try_get(1)?, type_name: row.try_get(2)? }));
     rows.iter().map(one).collect()
 }
 
-/// Divides the values of a key; `None` where the source cannot take a sample of the table.
-async fn shares(context: &Context, session: &Session, table: &Table, key: Key) -> Result<Option<Shares>> {
+/// Where shares of a key begin; `None` if it is of no use.
+async fn bounds(context: &Context, session: &Session, table: &Table, key: &Key) -> Result<Option<Vec<String>>> {
+    let what = format!("looking how the keys of {} lie", table.name.plain());
+    context.telemetry.activity(&what);
+    let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
     let wanted = plan::parts(table.bytes, context.settings.split_above);
-    let sampled = session.query_one(&sample(table, &key, wanted), &[]).await;
-    session.batch_execute(statements::RELEASE).await.doing(|| "looking how keys lie")?;
-    let (bounds, reads): (Vec<String>, f64) = match sampled {
-        Ok(row) => (row.try_get(0)?, row.try_get(1)?),
-        Err(error) => {
-            tracing::debug!(%error, table = %table.name.plain(), "cannot take a sample");
-            return Ok(None);
-        }
+    let sql = sample_sql(table, key, wanted);
+    let sample = async { session.query_one(&sql, &[]).await.map_err(Error::from).and_then(|row| Sample::of(&row)) };
+    let sample = blockers::explained(&context.source, pid, &what, &context.telemetry, sample).await;
+    session.batch_execute(statements::RELEASE).await.doing(|| what)?;
+    let sample = match sample {
+        Ok(sample) => sample,
+        Err(error) => return Ok(without(&format!("no sample of it can be taken ({error})"), table)),
     };
-    let bounds = if reads > MOST_READS { fewer(&bounds, context.settings.workers.get()) } else { bounds };
-    tracing::debug!(table = %table.name.plain(), reads, shares = bounds.len() + 1, "divided by its key");
-    Ok((!bounds.is_empty()).then_some(Shares { key, bounds }))
+    let bounds = sample.bounds(table);
+    if bounds.is_empty() {
+        return Ok(without("rows do not lie in the order of its key, or have one value of it", table));
+    }
+    tracing::debug!(table = %table.name.plain(), shares = bounds.len() + 1, "divided by its key");
+    Ok(Some(bounds))
 }
 
-/// Asks a sample of a table where so many shares of its key begin, and by how many of them a block would be read.
-fn sample(table: &Table, key: &Key, shares: u64) -> String {
+/// What a sample tells of a table.
+#[derive(Debug)]
+struct Sample {
+    /// Where each share begins, but for the first one.
+    bounds: Vec<String>,
+    /// If 2^`k` neighbours are one share: of how many shares a block holds rows, on average.
+    held: Vec<f64>,
+    /// How many blocks were looked at.
+    blocks: f64,
+}
+
+/// Asks for a [`Sample`] of so many shares.
+fn sample_sql(table: &Table, key: &Key, shares: u64) -> String {
     let blocks = (shares * BLOCKS_A_SHARE).min(MOST_BLOCKS) * 8192;
-    // Of any two numbers below 2^53 the quotient is good enough.
+    // Of numbers above 2^53 the quotient is good enough, too.
     #[expect(clippy::cast_precision_loss)]
     let percent = (100.0 * blocks as f64 / table.heap_bytes.max(1) as f64).clamp(0.0001, 100.0);
     format!(
         "WITH sample AS MATERIALIZED (
-             SELECT {column} AS key, pg_catalog.split_part(ctid::text, ',', 1) AS block, pg_catalog.ntile({shares}) OVER (ORDER BY {column}) AS share
+             SELECT {column} AS key, (ctid::text::point)[0]::int8 AS block,
+                    pg_catalog.ntile({shares}) OVER (ORDER BY {column}) - 1 AS share
              FROM ONLY {} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (0)),
-         begins AS (SELECT DISTINCT ON (share) share, key::text AS bound FROM sample ORDER BY share, sample.key),
-         reads AS (SELECT block, count(DISTINCT share) AS shares FROM sample GROUP BY block)
-         SELECT COALESCE((SELECT array_agg(bound ORDER BY share) FROM begins WHERE share > 1), '{{}}'),
-                COALESCE((SELECT avg(shares) FROM reads), 0)::float8",
+         begins AS (SELECT DISTINCT ON (share) share, sample.key::text AS bound FROM sample ORDER BY share, sample.key),
+         blocks AS (SELECT DISTINCT block, share FROM sample),
+         held AS (SELECT k, count(*) AS held
+                  FROM (SELECT DISTINCT k, block, share >> k FROM blocks, pg_catalog.generate_series(0, 12) k) AS each GROUP BY k),
+         total AS (SELECT count(DISTINCT block)::float8 AS blocks FROM blocks)
+         SELECT COALESCE((SELECT pg_catalog.array_agg(bound ORDER BY share) FROM begins WHERE share > 0), '{{}}'),
+                COALESCE((SELECT pg_catalog.array_agg(held / blocks ORDER BY k) FROM held, total), '{{}}'),
+                blocks
+         FROM total",
         table.name,
         column = quote_identifier(&key.column),
     )
 }
 
-/// So many shares, of those that there are.
-fn fewer(bounds: &[String], shares: usize) -> Vec<String> {
-    let there = bounds.len() + 1;
-    let shares = shares.min(there);
-    (1..shares).filter_map(|share| bounds.get(share * there / shares - 1).cloned()).collect()
+impl Sample {
+    fn of(row: &tokio_postgres::Row) -> Result<Self> {
+        Ok(Self { bounds: row.try_get(0)?, held: row.try_get(1)?, blocks: row.try_get(2)? })
+    }
+
+    /// The bounds of as many shares as possible for which at most all of the table is read again.
+    #[expect(clippy::cast_precision_loss, reason = "exact for all that there can be")]
+    fn bounds(self, table: &Table) -> Vec<String> {
+        let shares = self.bounds.len() + 1;
+        let is_cheap = |&(k, &held): &(usize, &f64)| {
+            // Each bound is a row of a block that was looked at, and so parts one; of the others it parts hardly any.
+            let parted = (shares.div_ceil(1 << k) - 1) as f64 / self.blocks;
+            // TOAST is read once, whatever the order.
+            (held - 1.0 - parted) * table.heap_bytes as f64 <= table.bytes as f64
+        };
+        let Some((k, _)) = self.held.iter().enumerate().find(is_cheap) else { return Vec::new() };
+        let mut bounds: Vec<String> = self.bounds.into_iter().skip((1 << k) - 1).step_by(1 << k).collect();
+        bounds.dedup();
+        bounds
+    }
 }
 
 #[cfg(test)]
@@ -257,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_hold_every_value_once() {
+    fn shares_meet_at_their_bounds() {
         let division = Division::Key(Shares::new("K", "character(2)", &["b", "it's"]));
         let within = |from, to| division.within("t.", &[Range { from, to }]);
         let (below, at_least) = ("OPERATOR(pg_catalog.<)", "OPERATOR(pg_catalog.>=)");
@@ -268,17 +318,38 @@ mod tests {
         );
         assert_eq!(within(2, None), format!(r#"t."K" {at_least} 'it''s'::character(2)"#));
         assert_eq!(within(0, None), "true");
+        assert_eq!(within(3, None), "false");
         let both = division.within("", &[Range { from: 0, to: Some(1) }, Range { from: 2, to: None }]);
         assert_eq!(both, format!(r#"("K" {below} 'b'::character(2)) OR ("K" {at_least} 'it''s'::character(2))"#));
     }
 
+    fn chosen(held: &[f64], bounds: &[&str], bytes: u64) -> Vec<String> {
+        let bounds = bounds.iter().map(|&bound| bound.to_owned()).collect();
+        let table = Table {
+            oid: 1,
+            name: crate::postgres::QualifiedName::new("public", "t"),
+            columns: Vec::new(),
+            primary_key: Vec::new(),
+            identity: crate::postgres::catalog::ReplicaIdentity::Nothing,
+            above: Vec::new(),
+            heap_bytes: 1000,
+            bytes,
+        };
+        Sample { bounds, held: held.to_vec(), blocks: 28.0 }.bounds(&table)
+    }
+
     #[test]
-    fn fewer_shares_are_of_about_the_same_size() {
-        let bounds: Vec<String> = (1..8).map(|bound| bound.to_string()).collect();
-        assert_eq!(fewer(&bounds, 4), ["2", "4", "6"]);
-        assert_eq!(fewer(&bounds, 3), ["2", "5"]);
-        assert_eq!(fewer(&bounds, 100), bounds);
-        assert_eq!(fewer(&bounds, 1), [""; 0]);
-        assert_eq!(fewer(&[], 4), [""; 0]);
+    fn there_are_as_many_shares_as_do_not_have_the_table_read_over_and_over() {
+        let bounds = ["1", "2", "3", "4", "5", "6", "7"];
+        // In order, and somewhat out of order.
+        assert_eq!(chosen(&[1.25, 1.1, 1.0, 1.0], &bounds, 1000), bounds);
+        assert_eq!(chosen(&[2.2, 1.9, 1.4, 1.0], &bounds, 1000), bounds);
+        // By chance: each block holds all.
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 1000), ["4"]);
+        // The same, where most of it is out of line.
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 3000), ["2", "4", "6"]);
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 7000), bounds);
+        assert_eq!(chosen(&[1.0, 1.0], &["1", "1", "2"], 1000), ["1", "2"]);
+        assert_eq!(chosen(&[], &[], 1000), [""; 0]);
     }
 }

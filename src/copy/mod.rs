@@ -151,7 +151,7 @@ async fn copy(context: &Context, exporter: Walsender, cut: &Cut) -> Result<()> {
         return Ok(());
     }
     // One that goes on may turn out to begin anew, with many more units.
-    let goes_on = plan.tables.iter().any(|planned| matches!(planned.manner, Manner::Rest(_)));
+    let goes_on = plan.tables.iter().any(|planned| matches!(planned.manner, Manner::Rest(..)));
     let count = context.settings.workers.get().min(if goes_on { usize::MAX } else { plan.units.len() });
     let mut workers = connect(context, cut, count).await?;
     exporter.close().await;
@@ -313,8 +313,8 @@ impl Job {
 impl InFlight {
     fn new(planned: Planned) -> Self {
         let there: &[FinishedUnit] = match &planned.manner {
-            Manner::Rest(units) => units,
-            Manner::Whole | Manner::Parts => &[],
+            Manner::Rest(_, units) => units,
+            Manner::Whole | Manner::Parts(_) => &[],
         };
         let Moved { rows, bytes } = plan::total(there);
         let touched = !there.is_empty();

@@ -44,9 +44,9 @@ pub enum Manner {
     /// Emptied, filled and recorded in one transaction.
     Whole,
     /// Emptied, then filled unit by unit.
-    Parts,
+    Parts(Division),
     /// These units are there; the others are added to them.
-    Rest(Vec<FinishedUnit>),
+    Rest(Division, Vec<FinishedUnit>),
 }
 
 /// What is known of a table when the copy is planned.
@@ -151,16 +151,17 @@ pub fn plan(
         let there = begun.get(name).filter(|begun| state == TableState::Copying && can_go_on(&of, begun));
         let (manner, ranges) = match (there, &of.division) {
             (Some(there), Some(division)) => {
-                (Manner::Rest(there.units.clone()), missing(&of.table, division, &there.units, splitting))
+                let missing = missing(&of.table, division, &there.units, splitting);
+                (Manner::Rest(division.clone(), there.units.clone()), missing)
             }
             (_, Some(division)) if is_divided(&of.table, division, splitting) => {
-                (Manner::Parts, missing(&of.table, division, &[], splitting))
+                (Manner::Parts(division.clone()), missing(&of.table, division, &[], splitting))
             }
             _ => (Manner::Whole, Vec::new()),
         };
         let contents: Vec<Content> = match manner {
             Manner::Whole => vec![Content::Tables(vec![at])],
-            Manner::Parts | Manner::Rest(_) => ranges.into_iter().map(|range| Content::Part(at, range)).collect(),
+            Manner::Parts(_) | Manner::Rest(..) => ranges.into_iter().map(|range| Content::Part(at, range)).collect(),
         };
         let parts = contents.len();
         plan.units.extend(contents.into_iter().map(|content| Unit { content, late: of.late }));
@@ -437,14 +438,14 @@ mod tests {
         };
         let of = |shape: &str, candidate: Candidate| plan(vec![candidate], &records, &begun(shape), &[], SPLITTING);
         let kept = of("this", table("t", 2 << 30, 2 << 30));
-        assert!(matches!(&kept.tables[0].manner, Manner::Rest(units) if units.len() == 2));
+        assert!(matches!(&kept.tables[0].manner, Manner::Rest(_, units) if units.len() == 2));
         assert_eq!(kept.tables[0].parts, 64 - 2);
-        assert_eq!(of("another", table("t", 2 << 30, 2 << 30)).tables[0].manner, Manner::Parts);
+        assert_eq!(of("another", table("t", 2 << 30, 2 << 30)).tables[0].manner, Manner::Parts(Division::Blocks));
         let mut unpublished = table("t", 2 << 30, 2 << 30);
         unpublished.table.identity = ReplicaIdentity::Nothing;
-        assert_eq!(of("this", unpublished).tables[0].manner, Manner::Parts);
+        assert_eq!(of("this", unpublished).tables[0].manner, Manner::Parts(Division::Blocks));
         // Also where it would not be divided any more.
-        assert!(matches!(of("this", table("t", 1 << 20, 1 << 20)).tables[0].manner, Manner::Rest(_)));
+        assert!(matches!(of("this", table("t", 1 << 20, 1 << 20)).tables[0].manner, Manner::Rest(..)));
     }
 
     #[test]

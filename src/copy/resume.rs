@@ -23,7 +23,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use std::collections::{HashMap, HashSet};
 
 use super::Context;
-use super::division::Range;
+use super::division::{Division, Range};
 use super::plan::{self, Manner, Plan, Planned};
 use super::statements::{self, KeyColumn};
 use super::worker::Worker;
@@ -46,6 +46,7 @@ pub(super) struct Rest<'a> {
     /// Which of the plan's tables.
     pub at: usize,
     pub planned: &'a Planned,
+    pub division: &'a Division,
     pub ranges: Vec<Range>,
     pub key: Vec<KeyColumn>,
     /// Changes that committed before are in what is there.
@@ -76,7 +77,7 @@ pub(super) async fn settle(
     let mut rests = Vec::new();
     let session = context.source.connect("copy").await?;
     for (at, planned) in plan.tables.iter().enumerate() {
-        let Manner::Rest(units) = &planned.manner else { continue };
+        let Manner::Rest(division, units) = &planned.manner else { continue };
         let equalities =
             session.query(statements::EQUALITIES, &[&planned.of.table.oid]).await.doing(|| "looking for the key")?;
         let equalities = equalities.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
@@ -84,6 +85,7 @@ pub(super) async fn settle(
         rests.push(Rest {
             at,
             planned,
+            division,
             ranges: plan::joined(units),
             key,
             since: units.iter().map(|unit| unit.cut_lsn).min().unwrap_or(cut.lsn),

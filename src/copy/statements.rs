@@ -4,20 +4,21 @@ use crate::error::{Class, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::{QualifiedName, quote_identifier, quote_literal};
 
-use super::division::Range;
+use super::division::{Division, Range};
 use super::plan::Candidate;
 use super::pump::Form;
 
-/// Set on both connections of a worker, beyond what every connection pins: rows arrive in the order of the heap.
+/// Set on both connections of a worker, beyond what every connection pins: whoever reads a heap begins at its first block.
 pub(super) const BOTH_SIDES: &str = "SET synchronize_seqscans = off";
 
 /// The rows of a unit and their record are one transaction, and a crash of the target takes transactions from the end of its log only:
 /// what it lost, nobody relies on. The next phase is entered by a commit that waits for the disk, and with it for all of these.
 pub(super) const DURABLE_LATER: &str = "SET synchronous_commit = off";
 
-/// A worker stands in the queue of a lock on the source for so long before it steps aside for a moment; and it is one process there, also
-/// where it reads by a key.
-pub(super) const SOURCE_SIDE: &str = "SET lock_timeout = '5s'; SET max_parallel_workers_per_gather = 0";
+/// A worker stands in the queue of a lock on the source for so long before it steps aside for a moment. It is one process there, also where
+/// it reads by a key, and reads ranges of blocks whatever the role is set to.
+pub(super) const SOURCE_SIDE: &str =
+    "SET lock_timeout = '5s'; SET max_parallel_workers_per_gather = 0; SET enable_tidscan = on";
 
 /// Nothing fires on the target while rows arrive; a role that may not say so goes on without.
 pub(super) const REPLICA_ROLE: &str = "SET session_replication_role = replica";
@@ -90,19 +91,13 @@ pub(super) const REWRITTEN: &str = "
     WHERE c.oid = ANY ($1) AND c.relfilenode <> pg_catalog.pg_relation_filenode(c.oid)";
 
 /// Reads a table, or the rows that stand in a range of it.
-pub(super) fn read(of: &Candidate, range: Option<Range>) -> String {
+pub(super) fn read(of: &Candidate, range: Option<(&Division, Range)>) -> String {
     let (table, with) = (&of.table, options(of.form(), false));
-    let Some(range) = range else {
+    let Some((division, range)) = range else {
         return format!("COPY {}{} TO STDOUT{with}", table.name, column_list(table));
     };
-    let range = within(of, "", &[range]);
+    let range = division.within("", &[range]);
     format!("COPY (SELECT {} FROM ONLY {} WHERE {range}) TO STDOUT{with}", columns(table, ""), table.name)
-}
-
-/// A condition: the row stands in one of these ranges of the table. `alias` is empty, or the table's alias with its dot.
-fn within(of: &Candidate, alias: &str, ranges: &[Range]) -> String {
-    // Without a division, all of it is one range.
-    of.division.as_ref().map_or_else(|| "true".to_owned(), |division| division.within(alias, ranges))
 }
 
 /// Writes rows into a table. A table that was truncated in the same transaction takes them as frozen, which spares the
@@ -249,7 +244,13 @@ pub(super) const LOOK_UP: &str =
     "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
 
 /// Reads the rows of these keys, as far as they stand in one of these ranges.
-pub(super) fn read_touched(of: &Candidate, key: &[KeyColumn], keys: &[Vec<String>], ranges: &[Range]) -> String {
+pub(super) fn read_touched(
+    of: &Candidate,
+    key: &[KeyColumn],
+    keys: &[Vec<String>],
+    division: &Division,
+    ranges: &[Range],
+) -> String {
     let row = |values: &Vec<String>| {
         let values =
             key.iter().zip(values).map(|(column, value)| format!("{}::{}", quote_literal(value), column.type_name));
@@ -262,7 +263,7 @@ pub(super) fn read_touched(of: &Candidate, key: &[KeyColumn], keys: &[Vec<String
         keys.iter().map(row).collect::<Vec<_>>().join(", "),
         list(key, |_, k| format!("k{k}")),
         same_key(key),
-        within(of, "of.", ranges),
+        division.within("of.", ranges),
         options(of.form(), false),
     )
 }
@@ -291,7 +292,6 @@ fn column_list(table: &Table) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::division::Division;
     use super::*;
     use crate::postgres::catalog::{Column, ReplicaIdentity};
 
@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn a_range_is_read_alone() {
         let of = candidate(&[("a", false)]);
-        let part = read(&of, Some(Range { from: 7, to: None }));
+        let part = read(&of, Some((&Division::Blocks, Range { from: 7, to: None })));
         assert_eq!(part, r#"COPY (SELECT "a" FROM ONLY "s"."t""x" WHERE ctid >= '(7,0)'::pg_catalog.tid) TO STDOUT"#);
     }
 
@@ -358,7 +358,7 @@ mod tests {
         let ranges = [Range { from: 0, to: Some(3) }, Range { from: 7, to: None }];
         let keys = [vec!["1".to_owned(), "it's".to_owned()]];
         assert_eq!(
-            read_touched(&of, &key, &keys, &ranges),
+            read_touched(&of, &key, &keys, &Division::Blocks, &ranges),
             r#"COPY (SELECT of."a", of."b" FROM ONLY "s"."t""x" AS of JOIN (VALUES ('1'::integer, 'it''s'::integer)) AS touched (k0, k1) ON of."a" OPERATOR(pg_catalog.=) touched.k0 AND of."b" OPERATOR(pg_catalog.=) touched.k1 WHERE (of.ctid >= '(0,0)'::pg_catalog.tid AND of.ctid < '(3,0)'::pg_catalog.tid) OR (of.ctid >= '(7,0)'::pg_catalog.tid)) TO STDOUT"#
         );
         assert!(delete_touched(4, &of.table.name, &key).contains("pg_temp.pgtandem_touched_4"));

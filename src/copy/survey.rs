@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::division::{self, Division, Wanted};
+use super::division::{self, Division};
 use super::plan::{self, Candidate, Plan, Splitting};
 use super::{Context, blockers, gone, late, shown, version};
 use crate::config;
@@ -203,9 +203,8 @@ async fn divisions(
     shapes: &HashMap<u32, String>,
     begun: &HashMap<QualifiedName, Begun>,
 ) -> Result<HashMap<u32, Division>> {
-    let wanted = tables.iter().map(|&table| {
-        let opened = begun.get(&table.name).filter(|begun| shapes.get(&table.oid) == Some(&begun.shape));
-        Wanted { table, opened: opened.map(|begun| begun.bounds.as_deref()) }
-    });
+    let of_this_shape = |table: &Table, begun: &&Begun| shapes.get(&table.oid) == Some(&begun.shape);
+    let wanted =
+        tables.iter().map(|&table| (table, begun.get(&table.name).filter(|begun| of_this_shape(table, begun))));
     division::find(context, session, version(session).await?, &wanted.collect::<Vec<_>>()).await
 }

@@ -137,9 +137,12 @@ impl Worker {
     async fn copy_part(&mut self, job: &Job, table: &InFlight, range: Range) -> Result<()> {
         let Context { source, telemetry, store, finish, .. } = &job.context;
         let this = &table.table().name;
+        let (Manner::Parts(division) | Manner::Rest(division, _)) = &table.planned.manner else {
+            return Err(Error::bug("a part of a table that is not divided"));
+        };
         lock(&mut self.source, source, table.table(), telemetry).await?;
         self.target.query("BEGIN").await?;
-        let moved = self.forward(job, &[table], &[pass(table, Some(range), false)]).await?;
+        let moved = self.forward(job, &[table], &[pass(table, Some((division, range)), false)]).await?;
         let Moved { rows, bytes } = moved.first().copied().unwrap_or_default();
         let unit = FinishedUnit { range, cut_lsn: job.cut.lsn, rows, bytes };
         commit(&mut self.target, &job.context, &unit_sql(store.name().as_str(), this, unit)).await?;
@@ -206,7 +209,7 @@ impl Worker {
         let record = if rest.planned.parts > 0 {
             units_at_sql(name, &table.name, cut.lsn)
         } else {
-            let Manner::Rest(units) = &rest.planned.manner else {
+            let Manner::Rest(_, units) = &rest.planned.manner else {
                 return Err(Error::bug("a table that does not go on"));
             };
             parts_copied_sql(context, cut, &table.name, plan::total(units))
@@ -234,7 +237,7 @@ impl Worker {
             if keys.is_empty() {
                 break;
             }
-            let read = statements::read_touched(of, key, &keys, &rest.ranges);
+            let read = statements::read_touched(of, key, &keys, rest.division, &rest.ranges);
             let pass = Pass { doing: String::new(), read, write: write.clone(), form };
             let moved = pump::forward(&mut self.source, &mut self.target, &[pass], "", &mut ()).await?;
             rows += moved.iter().map(|moved| moved.rows).sum::<u64>();
@@ -268,14 +271,18 @@ async fn connect_target(context: &Context) -> Result<Wire> {
 
 /// Step 1 for tables that are copied in parts: recorded as `copying` and empty, durably, before any part begins.
 pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
-    let divided: Vec<&InFlight> = job.tables.iter().filter(|table| table.planned.manner == Manner::Parts).collect();
+    let tables = job.tables.iter().filter_map(|table| match &table.planned.manner {
+        Manner::Parts(division) => Some((table, division)),
+        Manner::Whole | Manner::Rest(..) => None,
+    });
+    let divided: Vec<(&InFlight, &Division)> = tables.collect();
     if divided.is_empty() {
         return Ok(());
     }
     let Context { target: server, store, epoch, telemetry, .. } = &job.context;
     let mut target = connect_target(&job.context).await?;
     let pid = target.process_id();
-    for table in divided {
+    for (table, division) in divided {
         let name = &table.table().name;
         let opening = async {
             while let Err(error) = begin_whole(&mut target, &[table]).await {
@@ -285,9 +292,7 @@ pub(super) async fn open_divided_tables(job: &Job) -> Result<()> {
                 target.query("ROLLBACK").await?;
             }
             let fence = fence_sql(store.name().as_str(), *epoch);
-            let of = &table.planned.of;
-            let bounds = of.division.as_ref().and_then(Division::bounds);
-            let opened = opened_sql(store.name().as_str(), name, &of.shape, bounds);
+            let opened = opened_sql(store.name().as_str(), name, &table.planned.of.shape, division.bounds());
             target.query(&format!("{fence}; {opened}; COMMIT")).await.map_err(only_the_leader)
         };
         let what = format!("emptying {} on the target", name.plain());
@@ -400,7 +405,7 @@ pub(super) fn rewritten() -> Error {
 }
 
 /// One COPY of a table, or of a range of it. `frozen`: the table was truncated in the same transaction.
-fn pass(table: &InFlight, range: Option<Range>, frozen: bool) -> Pass {
+fn pass(table: &InFlight, range: Option<(&Division, Range)>, frozen: bool) -> Pass {
     let form = table.planned.of.form();
     let read = statements::read(&table.planned.of, range);
     let write = statements::write(table.table(), frozen, form);

@@ -70,7 +70,8 @@ pub fn copied_sql(move_name: &str, cut: Lsn, tables: &[(&QualifiedName, u64, u64
         "INSERT INTO pgtandem.copy_table (move, schema_name, table_name, state, cut_lsn, rows, bytes)
          VALUES {}
          ON CONFLICT (move, schema_name, table_name)
-         DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes, shape = NULL",
+         DO UPDATE SET state = 'copied', cut_lsn = excluded.cut_lsn, rows = excluded.rows, bytes = excluded.bytes,
+                       shape = NULL, bounds = NULL",
         tables.iter().map(row).collect::<Vec<_>>().join(", ")
     )
 }
@@ -79,7 +80,7 @@ pub fn copied_sql(move_name: &str, cut: Lsn, tables: &[(&QualifiedName, u64, u64
 #[must_use]
 pub fn copying_sql(move_name: &str, table: &QualifiedName) -> String {
     format!(
-        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0, shape = NULL
+        "UPDATE pgtandem.copy_table SET state = 'copying', cut_lsn = NULL, rows = 0, bytes = 0, shape = NULL, bounds = NULL
          WHERE move = {} AND schema_name = {} AND table_name = {}",
         quote_literal(move_name),
         quote_literal(&table.schema),

@@ -99,7 +99,7 @@ impl Store {
         let rows = session
             .get()?
             .query(
-                "SELECT u.schema_name, u.table_name, COALESCE(t.shape, ''), u.from_block, u.to_block, u.cut_lsn::text, u.rows, u.bytes, t.bounds
+                "SELECT u.schema_name, u.table_name, COALESCE(t.shape, ''), u.from_block, u.to_block, u.cut_lsn::text, u.rows, u.bytes
                  FROM pgtandem.copy_unit u JOIN pgtandem.copy_table t USING (move, schema_name, table_name)
                  WHERE u.move = $1 AND t.state = 'copying'
                  ORDER BY 1, 2, 4",
@@ -116,8 +116,16 @@ impl Store {
                 FinishedUnit { range: Range { from: count(3)?, to }, cut_lsn, rows: count(6)?, bytes: count(7)? };
             let table = begun.entry(QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? }).or_default();
             table.shape = row.try_get(2)?;
-            table.bounds = row.try_get(8)?;
             table.units.push(unit);
+        }
+        // For themselves: they may be many, and long.
+        let sql =
+            "SELECT schema_name, table_name, bounds FROM pgtandem.copy_table WHERE move = $1 AND bounds IS NOT NULL";
+        for row in session.get()?.query(sql, &[&self.name().as_str()]).await.doing(|| "reading the bounds of units")? {
+            let table = QualifiedName { schema: row.try_get(0)?, name: row.try_get(1)? };
+            if let Some(begun) = begun.get_mut(&table) {
+                begun.bounds = row.try_get(2)?;
+            }
         }
         Ok(begun)
     }
@@ -130,7 +138,7 @@ impl Store {
         let name = self.name().as_str();
         // Without its shape, what may still be committed counts no more either.
         let sql = format!(
-            "UPDATE pgtandem.copy_table SET shape = NULL WHERE {}; {}",
+            "UPDATE pgtandem.copy_table SET shape = NULL, bounds = NULL WHERE {}; {}",
             this_table(name, table),
             forget_units_sql(name, table)
         );
