@@ -9,9 +9,10 @@ use pgtandem::config::{Config, Environment, Flags, Settings, TablePattern};
 use pgtandem::copy::{self, Context, Outcome, by_hand, cut, publication};
 use pgtandem::error::Class;
 use pgtandem::follow::spool::Spooling;
+
 use pgtandem::postgres::pgoutput::{Message, Tuple, Value};
 use pgtandem::postgres::replication::{Event, Walsender};
-use pgtandem::postgres::{Lsn, QualifiedName, Server, Side, catalog};
+use pgtandem::postgres::{Ambient, ConnInfo, Lsn, QualifiedName, Server, Side, catalog};
 use pgtandem::state::{Leadership, Store, TableState};
 use pgtandem::telemetry::Telemetry;
 use tokio_util::sync::CancellationToken;
@@ -61,7 +62,7 @@ impl Move {
             }
         }
         let config = settings;
-        let server = |side, info: &pgtandem::postgres::ConnInfo| Server::new(side, info.clone(), "app").unwrap();
+        let server = |side, info: &ConnInfo| Server::new(side, info.clone(), "app").unwrap();
         let (from, to) = (server(Side::Source, &config.source), server(Side::Target, &config.target));
         let store = Store::new(to.clone(), config.name.clone());
         store.install(&serde_json::json!({})).await.unwrap();
@@ -483,6 +484,35 @@ async fn a_table_goes_on_only_where_every_change_can_be_told() {
         let kept = there[table].is_subset(&moved.written_by(table).await);
         assert_eq!(kept, table == "changing", "{table}");
     }
+}
+
+#[tokio::test]
+async fn without_the_right_to_make_temporary_tables_a_table_begins_anew() {
+    let mut moved = Move::configured(Cluster::pair().await, LARGE, SLOW).await;
+    moved.source.execute(LARGE_ROWS).await;
+    moved.begin_and_die(async || moved.units("large").await >= 3).await;
+    let there = moved.written_by("large").await;
+    moved.source.execute("update large set filler = 'changed' where id = 1").await;
+    // Given that the target's role may write all that is there, and make nothing.
+    moved
+        .target
+        .execute(&format!(
+            "revoke temporary on database {} from public; create role writer login password 'writes';
+             grant all on all tables in schema public to writer; grant usage on schema pgtandem to writer;
+             grant all on all tables in schema pgtandem to writer",
+            moved.target.name()
+        ))
+        .await;
+    let url = moved.target.with_user("writer", "writes").url();
+    let info = ConnInfo::parse(&url, &Ambient::default()).unwrap();
+    moved.context.target = Server::new(Side::Target, info, "app").unwrap();
+
+    moved.context.settings.max_bytes_per_second = 0;
+    let (walsender, cut) = moved.another_cut().await;
+    assert_eq!(copy::run(&moved.context, walsender, &cut).await.unwrap(), Outcome::Complete);
+
+    assert_same(&moved.source, &moved.target).await;
+    assert!(there.is_disjoint(&moved.written_by("large").await), "it was emptied first");
 }
 
 #[tokio::test]
