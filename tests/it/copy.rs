@@ -9,7 +9,6 @@ use pgtandem::config::{Config, Environment, Flags, Settings, TablePattern};
 use pgtandem::copy::{self, Context, Outcome, by_hand, cut, publication};
 use pgtandem::error::Class;
 use pgtandem::follow::spool::Spooling;
-
 use pgtandem::postgres::pgoutput::{Message, Tuple, Value};
 use pgtandem::postgres::replication::{Event, Walsender};
 use pgtandem::postgres::{Ambient, ConnInfo, Lsn, QualifiedName, Server, Side, catalog};
