@@ -85,10 +85,9 @@ impl Sides {
     }
 }
 
-/// Until it is killed in the middle of the restore, with the first table finished and the last one not.
-async fn restored_by_halves(copy: &str) {
-    // 17 and later programs are not for targets before 17.
-    let mut sides = Sides::with((16, 17), CONTENT, copy).await;
+/// Kills the daemon in the middle of the restore, with the first table finished and the last one not. Returns the session that holds that
+/// one, and the folder of the programs.
+async fn broken_off(sides: &mut Sides) -> (tokio_postgres::Client, TempDir) {
     let programs = sides.with_a_restore_that_waits();
     let mut daemon = sides.pgtandem.spawn(&["run"]);
     wait_until("pg_restore begins", PATIENCE, async || programs.path().join("reached").exists()).await;
@@ -97,6 +96,13 @@ async fn restored_by_halves(copy: &str) {
     std::fs::write(programs.path().join("go"), "").unwrap();
     daemon.wait_for_log("copied public.a_first", PATIENCE).await;
     daemon.kill();
+    (blocker, programs)
+}
+
+async fn restored_by_halves(copy: &str) {
+    // 17 and later programs are not for targets before 17.
+    let mut sides = Sides::with((16, 17), CONTENT, copy).await;
+    let (blocker, _programs) = broken_off(&mut sides).await;
     assert!(sides.states().await.contains(&"a_first copied".to_owned()), "{:?}", sides.states().await);
     assert!(sides.states().await.contains(&"z_last copying".to_owned()), "{:?}", sides.states().await);
     let status = sides.status().await;
@@ -127,14 +133,7 @@ async fn a_restore_by_one_worker_that_was_broken_off_goes_on_with_what_is_left()
 #[tokio::test]
 async fn an_archive_that_is_gone_in_the_middle_is_not_needed() {
     let mut sides = Sides::with((16, 17), CONTENT, "").await;
-    let programs = sides.with_a_restore_that_waits();
-    let mut daemon = sides.pgtandem.spawn(&["run"]);
-    wait_until("pg_restore begins", PATIENCE, async || programs.path().join("reached").exists()).await;
-    let blocker = sides.to.connect().await;
-    blocker.batch_execute("begin; lock table z_last in access exclusive mode").await.unwrap();
-    std::fs::write(programs.path().join("go"), "").unwrap();
-    daemon.wait_for_log("copied public.a_first", PATIENCE).await;
-    daemon.kill();
+    let (blocker, _programs) = broken_off(&mut sides).await;
     blocker.batch_execute("rollback").await.unwrap();
     std::fs::remove_dir_all(sides.archive()).unwrap();
     sides.from.execute("update a_first set v = 'changed' where id <= 10; delete from z_last where id > 900").await;
