@@ -11,17 +11,18 @@
 //! is opened: units of different runs are ranges of the same shares. Only such types are divided whose values print the same for ever and
 //! whose order no library decides, so that neither a bound nor the index can come to mean something else.
 //!
-//! That the index finds each row is trusted, as the source's own queries do: rows that it lost are missed, and told by the counts before the
-//! cutover.
+//! That the index finds each row is trusted, as the source's own queries do. Rows that a damaged index has lost are missed; only a
+//! comparison of all rows tells that, for a count may go by the same index.
 //!
 //! # Why not always as many shares as units
 //!
 //! Where rows do not lie in the order of the key, each block holds rows of many shares, and is read for each of them. The sample tells for
-//! how many; there are as many shares as possible such that the table is read twice at most.
+//! how many. Neighbours are made one share, two and two, until the table is read about twice at most.
 
 use std::collections::HashMap;
 
-use super::{Context, blockers, plan, statements};
+use super::plan::{self, Splitting};
+use super::{Context, blockers, statements, version};
 use crate::error::{Doing, Error, Result};
 use crate::postgres::catalog::Table;
 use crate::postgres::{Session, quote_identifier, quote_literal};
@@ -63,7 +64,7 @@ struct Key {
 }
 
 /// `$1`: oids of tables. The first column of an index that holds each of their rows, in the order of its type. 950 and 951 are the collations
-/// C and POSIX.
+/// C and POSIX, 100 is the database's. Which column it is must stay the same for tables of one shape, see [`super::survey`].
 const KEYS: &str = "
     SELECT DISTINCT ON (i.indrelid) i.indrelid, a.attname::text, pg_catalog.format_type(a.atttypid, a.atttypmod)
     FROM pg_catalog.pg_index i
@@ -73,7 +74,10 @@ const KEYS: &str = "
      AND t.typname IN ('int2', 'int4', 'int8', 'numeric', 'uuid', 'date', 'timestamp', 'timestamptz', 'bytea', 'text', 'varchar', 'bpchar')
     JOIN pg_catalog.pg_opclass oc ON oc.oid = i.indclass[0] AND oc.opcdefault
     JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree'
-    WHERE i.indrelid = ANY ($1) AND (i.indisprimary OR i.indisreplident) AND i.indisvalid AND i.indcollation[0] IN (0, 950, 951)
+    WHERE i.indrelid = ANY ($1) AND (i.indisprimary OR i.indisreplident) AND i.indisvalid
+      AND (i.indcollation[0] IN (0, 950, 951) OR i.indcollation[0] = 100 AND (
+          SELECT d.datcollate IN ('C', 'POSIX') AND COALESCE(pg_catalog.to_jsonb(d) ->> 'datlocprovider', 'c') = 'c'
+          FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))
     ORDER BY i.indrelid, i.indisprimary DESC";
 
 /// `$1`: oids of tables. Those that are no heap.
@@ -84,6 +88,9 @@ const BLOCKS_A_SHARE: u64 = 4;
 
 /// So many are looked at for a table.
 const MOST_BLOCKS: u64 = 10_000;
+
+/// A table is never divided into more shares.
+const MOST_SHARES: u64 = 4096;
 
 impl Division {
     /// How many places there are; `blocks` in the heap.
@@ -156,7 +163,7 @@ impl Shares {
 pub(super) async fn find(
     context: &Context,
     session: &Session,
-    version: i32,
+    splitting: Splitting,
     wanted: &[(&Table, Option<&Begun>)],
 ) -> Result<HashMap<u32, Division>> {
     let mut divisions = HashMap::new();
@@ -167,27 +174,56 @@ pub(super) async fn find(
     let no_heaps = session.query(NO_HEAPS, &[&oids]).await.doing(|| "looking how tables are stored")?;
     let no_heaps: Vec<u32> = no_heaps.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     let mut keys = keys(session, oids).await?;
+    let version = version(session).await?;
+    let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
     for &(table, begun) in wanted {
-        let by_key = |key: Key, bounds: Vec<String>| Division::Key(Shares { key, bounds });
         let key = keys.remove(&table.oid);
-        let division = match (begun, key) {
-            (Some(Begun { bounds: None, .. }), _) => Some(Division::Blocks),
-            (Some(Begun { bounds: Some(bounds), .. }), Some(key)) => Some(by_key(key, bounds.clone())),
-            (_, key) => {
-                let is_heap = !no_heaps.contains(&table.oid);
-                if version >= 140_000 && (is_heap || reads_ranges_of_blocks(session, table).await?) {
-                    Some(Division::Blocks)
-                } else {
-                    match key {
-                        Some(key) => bounds(context, session, table, &key).await?.map(|bounds| by_key(key, bounds)),
-                        None => without("no key of it can be divided", table),
-                    }
-                }
+        let division = match begun {
+            Some(Begun { bounds: None, .. }) => Some(Division::Blocks),
+            Some(Begun { bounds: Some(bounds), .. }) => key.map(|key| by_key(key, bounds.clone())),
+            // What is there of it is of another shape, and it is small by now.
+            None if table.bytes <= splitting.above => None,
+            None if version >= 140_000 && !no_heaps.contains(&table.oid) => Some(Division::Blocks),
+            None => {
+                let what = format!("looking how {} can be read", table.name.plain());
+                context.telemetry.activity(&what);
+                let looking = look(session, version, splitting, table, key);
+                let division = blockers::explained(&context.source, pid, &what, &context.telemetry, looking).await;
+                division.doing(|| what)?
             }
         };
         divisions.extend(division.map(|division| (table.oid, division)));
     }
     Ok(divisions)
+}
+
+fn by_key(key: Key, bounds: Vec<String>) -> Division {
+    Division::Key(Shares { key, bounds })
+}
+
+async fn look(
+    session: &Session,
+    version: i32,
+    splitting: Splitting,
+    table: &Table,
+    key: Option<Key>,
+) -> Result<Option<Division>> {
+    if version >= 140_000 && reads_ranges_of_blocks(session, table).await? {
+        return Ok(Some(Division::Blocks));
+    }
+    let Some(key) = key else { return Ok(without("no key of it can be divided", table)) };
+    let sampled = session.query_one(&sample_sql(table, &key, splitting), &[]).await;
+    session.batch_execute(statements::RELEASE).await?;
+    let sample = match sampled.map_err(Error::from).and_then(|row| Sample::of(&row)) {
+        Ok(sample) => sample,
+        Err(error) => return Ok(without(&format!("no sample of it can be taken ({error})"), table)),
+    };
+    let bounds = sample.bounds(table);
+    if bounds.is_empty() {
+        return Ok(without("its key has one value, or a sample of it shows no more", table));
+    }
+    tracing::debug!(table = %table.name.plain(), shares = bounds.len() + 1, "divided by its key");
+    Ok(Some(by_key(key, bounds)))
 }
 
 fn without<T>(why: &str, table: &Table) -> Option<T> {
@@ -203,7 +239,7 @@ async fn reads_ranges_of_blocks(session: &Session, table: &Table) -> Result<bool
     let one_block = Division::Blocks.within("", &[Range { from: 0, to: Some(1) }]);
     let sql = format!("EXPLAIN (COSTS OFF) SELECT FROM ONLY {} WHERE {one_block}", table.name);
     let plan = session.query(&sql, &[]).await;
-    session.batch_execute(statements::RELEASE).await.doing(|| "looking how a table can be read")?;
+    session.batch_execute(statements::RELEASE).await?;
     let Some(line) = plan.ok().and_then(|plan| plan.first()?.try_get::<_, String>(0).ok()) else { return Ok(false) };
     Ok(line.starts_with("Tid Range Scan"))
 }
@@ -215,89 +251,73 @@ async fn keys(session: &Session, oids: Vec<u32>) -> Result<HashMap<u32, Key>> {
     rows.iter().map(one).collect()
 }
 
-/// Where shares of a key begin; `None` if it is of no use.
-async fn bounds(context: &Context, session: &Session, table: &Table, key: &Key) -> Result<Option<Vec<String>>> {
-    let what = format!("looking how the keys of {} lie", table.name.plain());
-    context.telemetry.activity(&what);
-    let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
-    let wanted = plan::parts(table.bytes, context.settings.split_above);
-    let sql = sample_sql(table, key, wanted);
-    let sample = async { session.query_one(&sql, &[]).await.map_err(Error::from).and_then(|row| Sample::of(&row)) };
-    let sample = blockers::explained(&context.source, pid, &what, &context.telemetry, sample).await;
-    session.batch_execute(statements::RELEASE).await.doing(|| what)?;
-    let sample = match sample {
-        Ok(sample) => sample,
-        Err(error) => return Ok(without(&format!("no sample of it can be taken ({error})"), table)),
-    };
-    let bounds = sample.bounds(table);
-    if bounds.is_empty() {
-        return Ok(without("rows do not lie in the order of its key, or have one value of it", table));
-    }
-    tracing::debug!(table = %table.name.plain(), shares = bounds.len() + 1, "divided by its key");
-    Ok(Some(bounds))
-}
-
-/// What a sample tells of a table.
+/// What a sample tells of a table that is divided into shares.
 #[derive(Debug)]
 struct Sample {
-    /// Where each share begins, but for the first one.
-    bounds: Vec<String>,
+    /// The first value of each share.
+    begins: Vec<String>,
     /// If 2^`k` neighbours are one share: of how many shares a block holds rows, on average.
     held: Vec<f64>,
     /// How many blocks were looked at.
     blocks: f64,
 }
 
-/// Asks for a [`Sample`] of so many shares.
-fn sample_sql(table: &Table, key: &Key, shares: u64) -> String {
-    let blocks = (shares * BLOCKS_A_SHARE).min(MOST_BLOCKS) * 8192;
+/// Asks for a [`Sample`] of shares that are no larger than units; of a power of two, so that all stay of one size when they are made fewer.
+fn sample_sql(table: &Table, key: &Key, splitting: Splitting) -> String {
+    let shares = plan::parts(table.bytes, splitting.above).next_power_of_two().min(MOST_SHARES);
+    let blocks = (shares * BLOCKS_A_SHARE).min(MOST_BLOCKS) * splitting.block_size;
     // Of numbers above 2^53 the quotient is good enough, too.
     #[expect(clippy::cast_precision_loss)]
     let percent = (100.0 * blocks as f64 / table.heap_bytes.max(1) as f64).clamp(0.0001, 100.0);
     format!(
         "WITH sample AS MATERIALIZED (
              SELECT {column} AS key, (ctid::text::point)[0]::int8 AS block,
-                    pg_catalog.ntile({shares}) OVER (ORDER BY {column}) - 1 AS share
+                    pg_catalog.ntile({shares}) OVER (ORDER BY {column}, ctid) - 1 AS share
              FROM ONLY {} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (0)),
-         begins AS (SELECT DISTINCT ON (share) share, sample.key::text AS bound FROM sample ORDER BY share, sample.key),
+         begins AS (SELECT DISTINCT ON (share) share, sample.key::text AS first FROM sample ORDER BY share, sample.key),
          blocks AS (SELECT DISTINCT block, share FROM sample),
          held AS (SELECT k, count(*) AS held
-                  FROM (SELECT DISTINCT k, block, share >> k FROM blocks, pg_catalog.generate_series(0, 12) k) AS each GROUP BY k),
+                  FROM (SELECT DISTINCT k, block, share >> k FROM blocks, pg_catalog.generate_series(0, {}) k) AS each
+                  GROUP BY k),
          total AS (SELECT count(DISTINCT block)::float8 AS blocks FROM blocks)
-         SELECT COALESCE((SELECT pg_catalog.array_agg(bound ORDER BY share) FROM begins WHERE share > 0), '{{}}'),
+         SELECT COALESCE((SELECT pg_catalog.array_agg(first ORDER BY share) FROM begins), '{{}}'),
                 COALESCE((SELECT pg_catalog.array_agg(held / blocks ORDER BY k) FROM held, total), '{{}}'),
                 blocks
          FROM total",
         table.name,
+        shares.ilog2(),
         column = quote_identifier(&key.column),
     )
 }
 
 impl Sample {
     fn of(row: &tokio_postgres::Row) -> Result<Self> {
-        Ok(Self { bounds: row.try_get(0)?, held: row.try_get(1)?, blocks: row.try_get(2)? })
+        Ok(Self { begins: row.try_get(0)?, held: row.try_get(1)?, blocks: row.try_get(2)? })
     }
 
-    /// The bounds of as many shares as possible for which at most all of the table is read again.
+    /// The bounds of as many shares as do not have much more than all of the table read again.
     #[expect(clippy::cast_precision_loss, reason = "exact for all that there can be")]
     fn bounds(self, table: &Table) -> Vec<String> {
-        let shares = self.bounds.len() + 1;
+        let shares = self.begins.len();
         let is_cheap = |&(k, &held): &(usize, &f64)| {
-            // Each bound is a row of a block that was looked at, and so parts one; of the others it parts hardly any.
+            // Each bound is a row of a block that was looked at, and parts it; of all the others hardly one is parted.
             let parted = (shares.div_ceil(1 << k) - 1) as f64 / self.blocks;
             // TOAST is read once, whatever the order.
             (held - 1.0 - parted) * table.heap_bytes as f64 <= table.bytes as f64
         };
         let Some((k, _)) = self.held.iter().enumerate().find(is_cheap) else { return Vec::new() };
-        let mut bounds: Vec<String> = self.bounds.into_iter().skip((1 << k) - 1).step_by(1 << k).collect();
-        bounds.dedup();
-        bounds
+        let mut begins: Vec<String> = self.begins.into_iter().step_by(1 << k).collect();
+        // A value that fills several shares is in the first of them.
+        begins.dedup();
+        begins.into_iter().skip(1).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::QualifiedName;
+    use crate::postgres::catalog::ReplicaIdentity;
 
     #[test]
     fn the_last_range_of_blocks_has_no_end() {
@@ -323,33 +343,35 @@ mod tests {
         assert_eq!(both, format!(r#"("K" {below} 'b'::character(2)) OR ("K" {at_least} 'it''s'::character(2))"#));
     }
 
-    fn chosen(held: &[f64], bounds: &[&str], bytes: u64) -> Vec<String> {
-        let bounds = bounds.iter().map(|&bound| bound.to_owned()).collect();
+    fn chosen(held: &[f64], begins: &[&str], bytes: u64) -> Vec<String> {
+        let begins = begins.iter().map(|&first| first.to_owned()).collect();
         let table = Table {
             oid: 1,
-            name: crate::postgres::QualifiedName::new("public", "t"),
+            name: QualifiedName::new("public", "t"),
             columns: Vec::new(),
             primary_key: Vec::new(),
-            identity: crate::postgres::catalog::ReplicaIdentity::Nothing,
+            identity: ReplicaIdentity::Nothing,
             above: Vec::new(),
             heap_bytes: 1000,
             bytes,
         };
-        Sample { bounds, held: held.to_vec(), blocks: 28.0 }.bounds(&table)
+        Sample { begins, held: held.to_vec(), blocks: 28.0 }.bounds(&table)
     }
 
     #[test]
     fn there_are_as_many_shares_as_do_not_have_the_table_read_over_and_over() {
-        let bounds = ["1", "2", "3", "4", "5", "6", "7"];
+        let begins = ["0", "1", "2", "3", "4", "5", "6", "7"];
         // In order, and somewhat out of order.
-        assert_eq!(chosen(&[1.25, 1.1, 1.0, 1.0], &bounds, 1000), bounds);
-        assert_eq!(chosen(&[2.2, 1.9, 1.4, 1.0], &bounds, 1000), bounds);
+        assert_eq!(chosen(&[1.25, 1.1, 1.0, 1.0], &begins, 1000), begins[1..]);
+        assert_eq!(chosen(&[2.2, 1.9, 1.4, 1.0], &begins, 1000), begins[1..]);
         // By chance: each block holds all.
-        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 1000), ["4"]);
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &begins, 1000), ["4"]);
         // The same, where most of it is out of line.
-        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 3000), ["2", "4", "6"]);
-        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &bounds, 7000), bounds);
-        assert_eq!(chosen(&[1.0, 1.0], &["1", "1", "2"], 1000), ["1", "2"]);
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &begins, 3000), ["2", "4", "6"]);
+        assert_eq!(chosen(&[8.0, 4.0, 2.0, 1.0], &begins, 7000), begins[1..]);
+        // Few values, one, and none.
+        assert_eq!(chosen(&[1.0; 3], &["1", "1", "1", "2"], 1000), ["2"]);
+        assert_eq!(chosen(&[1.0; 3], &["1", "1", "1", "1"], 1000), [""; 0]);
         assert_eq!(chosen(&[], &[], 1000), [""; 0]);
     }
 }

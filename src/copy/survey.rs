@@ -2,9 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::division::{self, Division};
+use super::division;
 use super::plan::{self, Candidate, Plan, Splitting};
-use super::{Context, blockers, gone, late, shown, version};
+use super::{Context, blockers, gone, late, shown};
 use crate::config;
 use crate::error::{Doing, Result};
 use crate::postgres::catalog::{self, IS_USER_TABLE, Table};
@@ -98,7 +98,10 @@ impl Survey {
         let wanted: Vec<&Table> = wanted.collect();
         let publications = context.store.name().publications();
         let shapes = shapes(&session, wanted.iter().map(|table| table.oid).collect(), &publications).await?;
-        let mut divisions = divisions(context, &session, &wanted, &shapes, &begun).await?;
+        let of_this_shape = |table: &Table, begun: &&Begun| shapes.get(&table.oid) == Some(&begun.shape);
+        let wanted =
+            wanted.iter().map(|table| (*table, begun.get(&table.name).filter(|begun| of_this_shape(table, begun))));
+        let mut divisions = division::find(context, &session, splitting, &wanted.collect::<Vec<_>>()).await?;
         let mut alike = tables_by_form(&session).await?;
         alike.retain(|name, form| there.get(name) == Some(form));
         session.batch_execute("COMMIT").await?;
@@ -193,18 +196,4 @@ async fn splitting(session: &Session, settings: &config::Copy) -> Result<Splitti
     let row = session.query_one("SELECT pg_catalog.current_setting('block_size')::int8", &[]).await?;
     let block_size = u64::try_from(row.try_get::<_, i64>(0)?).unwrap_or(8192);
     Ok(Splitting { above: settings.split_above, block_size })
-}
-
-/// How these tables are divided: one of which units are there, as it was when it was opened.
-async fn divisions(
-    context: &Context,
-    session: &Session,
-    tables: &[&Table],
-    shapes: &HashMap<u32, String>,
-    begun: &HashMap<QualifiedName, Begun>,
-) -> Result<HashMap<u32, Division>> {
-    let of_this_shape = |table: &Table, begun: &&Begun| shapes.get(&table.oid) == Some(&begun.shape);
-    let wanted =
-        tables.iter().map(|&table| (table, begun.get(&table.name).filter(|begun| of_this_shape(table, begun))));
-    division::find(context, session, version(session).await?, &wanted.collect::<Vec<_>>()).await
 }

@@ -141,6 +141,9 @@ impl Worker {
             return Err(Error::bug("a part of a table that is not divided"));
         };
         lock(&mut self.source, source, table.table(), telemetry).await?;
+        if let Division::Key(_) = division {
+            self.source.query(statements::BY_KEY).await?;
+        }
         self.target.query("BEGIN").await?;
         let moved = self.forward(job, &[table], &[pass(table, Some((division, range)), false)]).await?;
         let Moved { rows, bytes } = moved.first().copied().unwrap_or_default();

@@ -77,6 +77,7 @@ CREATE TABLE IF NOT EXISTS pgtandem.copy_table (
     bytes       bigint NOT NULL DEFAULT 0,
     bytes_total bigint NOT NULL DEFAULT 0,
     shape       text,
+    bounds      text[],
     PRIMARY KEY (move, schema_name, table_name)
 );
 DO $$ BEGIN

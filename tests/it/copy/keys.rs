@@ -11,7 +11,8 @@ const KEYED: &str = r#"
     create table "by ""text"", two" ("the ""key""" text collate "C", n int, v text, primary key ("the ""key""", n));
     create table folded (k citext primary key, v text);
     create table constrained (k short primary key, v text);
-    create table sorted (k text primary key, v text);
+    create table sorted (k text collate "und-x-icu" primary key, v text);
+    create table by_default (k text primary key, v text);
     create table labelled (s step, n int, v text, primary key (s, n));
     create table by_padded (k char(12) collate "POSIX" primary key, v text);
     create table by_bytes (k bytea primary key, v text);
@@ -40,6 +41,7 @@ const KEYED_ROWS: &str = r#"
     insert into folded select p, v from many;
     insert into constrained select 'd' || p, v from many;
     insert into sorted select p, v from many;
+    insert into by_default select p, v from many;
     insert into labelled select 'first', i, v from many;
     insert into by_padded select p, v from many order by i;
     insert into by_bytes select decode(lpad(to_hex(i), 8, '0') || '275c00', 'hex'), v from many order by i;
@@ -134,6 +136,37 @@ async fn read_as_planned(moved: &Move, tid_ranges: bool) {
     assert_eq!(transactions["unkeyed"] >= 4, tid_ranges, "{transactions:?}");
     assert!(transactions["keyed"] >= 4, "{transactions:?}");
     assert_eq!(transactions["heap"] >= 4, versions_under_test().0 >= 14, "{transactions:?}");
+}
+
+/// The planner knows nothing of the first one, and is told nothing good of the second one.
+#[tokio::test]
+async fn no_range_of_a_key_is_looked_for_in_the_whole_table() {
+    let schema = "
+        create table unknown (id int primary key, v text);
+        create table told (id int primary key, v text);
+        alter table unknown set (autovacuum_enabled = off);
+        alter table told set (autovacuum_enabled = off);";
+    let moved = Move::configured(from_13().await, schema, IN_UNITS).await;
+    for table in ["unknown", "told"] {
+        let rows = format!("insert into {table} select i, repeat(md5(i::text), 8) from generate_series(1, 12000) i");
+        moved.source.execute(&rows).await;
+    }
+    let settings = format!(
+        "analyze told; alter database {name} set random_page_cost = 1000; alter database {name} set enable_indexscan = off;
+         alter database {name} set enable_bitmapscan = off",
+        name = moved.source.name()
+    );
+    for statement in settings.split(';') {
+        moved.source.execute(statement).await;
+    }
+
+    assert_eq!(moved.copy().await, Outcome::Complete);
+
+    let scans = "select relname || ' ' || seq_scan from pg_stat_user_tables where idx_scan >= 4 order by 1";
+    wait_until("the scans are counted", PATIENCE, async || moved.source.query_strings(scans).await.len() == 2).await;
+    // One built the index.
+    assert_eq!(moved.source.query_strings(scans).await, ["told 1", "unknown 1"]);
+    assert_same(&moved.source, &moved.target).await;
 }
 
 #[tokio::test]
