@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use pgtandem::follow::Inflow;
 use pgtandem::follow::spool::{Source, Spooling};
@@ -290,6 +291,56 @@ async fn what_does_not_fit_stays_on_the_source() {
     daemon.kill();
     let mut daemon = stage.held_in_the_copy().await;
     daemon.wait_for_log("as much as follow.spool_max_bytes allows", PATIENCE).await;
+    stage.let_the_copy_go_on().await;
+    stage.ends(daemon).await;
+}
+
+/// A small file system of its own.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: PathBuf) -> Self {
+        fs::create_dir_all(&at).unwrap();
+        Self::succeeds(Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&at));
+        Self(at)
+    }
+
+    fn gets_room(&self) {
+        Self::succeeds(Command::new("mount").args(["-o", "remount,size=64m"]).arg(&self.0));
+    }
+
+    fn succeeds(command: &mut Command) {
+        assert!(command.status().unwrap().success(), "{command:?}");
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        Self::succeeds(Command::new("umount").arg("--lazy").arg(&self.0));
+    }
+}
+
+/// As root: `cargo test --test it a_full_disk -- --ignored`.
+#[tokio::test]
+#[ignore = "mounts a file system"]
+async fn a_full_disk_leaves_the_rest_on_the_source() {
+    let stage = Stage::new((14, 15)).await;
+    let disk = Disk::mount(stage.folder.path().join("spool"));
+    let mut daemon = stage.held_in_the_copy().await;
+    stage.change().await;
+    stage.all_is_confirmed().await;
+    stage.from.execute("insert into t select i, repeat('y', 500) from generate_series(1000000, 1005000) i").await;
+    daemon.wait_for_log("No space left on device", PATIENCE).await;
+    let active = "select active from pg_replication_slots where slot_name = 'pgtandem_app'";
+    wait_until("nothing is received", PATIENCE, async || stage.from.query_string(active).await == "f").await;
+    stage.change().await;
+    // A death on a full disk.
+    daemon.kill();
+    let mut daemon = stage.held_in_the_copy().await;
+    daemon.wait_for_log("No space left on device", PATIENCE).await;
+    disk.gets_room();
+    wait_until("the spool goes on", 3 * PATIENCE, async || stage.from.query_string(active).await == "t").await;
+    stage.all_is_confirmed().await;
     stage.let_the_copy_go_on().await;
     stage.ends(daemon).await;
 }
