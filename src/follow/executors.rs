@@ -1,19 +1,15 @@
 //! Opens the connections that apply, and ends them where their own end would not do.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use super::STOP_GRACE;
 use super::executor::Executor;
 use super::pipeline::Pipeline;
 use crate::config::{MissingRow, MoveName};
-use crate::error::{Class, Doing, Error, Result};
-use crate::postgres::Server;
+use crate::error::{Doing, Error, Result};
 use crate::postgres::wire::{Mode, Wire};
+use crate::postgres::{Server, leftovers};
 use crate::telemetry::Telemetry;
-
-/// So long may the sessions of an earlier run take to end.
-const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// `$1` process ids, `$2` application name.
 const END_SESSION: &str = "
@@ -65,27 +61,7 @@ impl Executors {
     /// lock does not notice that its client is gone, and each of them would keep the locks of its batch. Returns once they are gone.
     pub(super) async fn end_earlier(&self) -> Result<()> {
         let session = self.target.connect("catalog").await?;
-        let name = self.target.application_name("apply");
-        let began = Instant::now();
-        let mut told = false;
-        loop {
-            let ended = session.end_others(&name).await.doing(|| "ending the sessions of an earlier batch")?;
-            if ended == 0 {
-                return Ok(());
-            }
-            if !std::mem::replace(&mut told, true) {
-                tracing::info!(sessions = ended, "ending what is left of an earlier batch on the target");
-            }
-            if began.elapsed() > END_PATIENCE {
-                return Err(Error::new(
-                    Class::Retry,
-                    "earlier_batch",
-                    format!("{ended} sessions of an earlier batch on the target do not end"),
-                )
-                .hint("look in pg_stat_activity of the target for sessions with the application name of apply"));
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        leftovers::end(&session, &self.target.application_name("apply")).await
     }
 
     /// Ends all that were opened, see [`Executors::end`].
