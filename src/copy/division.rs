@@ -78,6 +78,10 @@ const KEYS: &str = "
       AND (i.indcollation[0] IN (0, 950, 951) OR i.indcollation[0] = 100 AND (
           SELECT d.datcollate IN ('C', 'POSIX') AND COALESCE(pg_catalog.to_jsonb(d) ->> 'datlocprovider', 'c') = 'c'
           FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))
+      -- From 18 on such a column may hold NULL where it did before, and counts as one that does not.
+      AND NOT EXISTS (
+          SELECT FROM pg_catalog.pg_constraint n
+          WHERE n.conrelid = i.indrelid AND n.contype = 'n' AND NOT n.convalidated AND a.attnum = ANY (n.conkey))
     ORDER BY i.indrelid, i.indisprimary DESC";
 
 /// `$1`: oids of tables. Those that are no heap.
@@ -88,9 +92,6 @@ const BLOCKS_A_SHARE: u64 = 4;
 
 /// So many are looked at for a table.
 const MOST_BLOCKS: u64 = 10_000;
-
-/// A table is never divided into more shares.
-const MOST_SHARES: u64 = 4096;
 
 impl Division {
     /// How many places there are; `blocks` in the heap.
@@ -155,14 +156,14 @@ impl Shares {
     }
 }
 
-/// Finds how each of these tables is divided; those that cannot be are left out. One of which units are there stays divided as it was. In the
-/// transaction of the cut; nothing stays locked.
+/// Finds how each of these tables is divided; those that cannot be are left out. One of which units are there stays divided as it was. The
+/// session is in the transaction of the cut, and its process id is `pid`; nothing stays locked.
 ///
 /// # Errors
 /// The connection's.
 pub(super) async fn find(
     context: &Context,
-    session: &Session,
+    (session, pid): (&Session, i32),
     splitting: Splitting,
     wanted: &[(&Table, Option<&Begun>)],
 ) -> Result<HashMap<u32, Division>> {
@@ -175,7 +176,6 @@ pub(super) async fn find(
     let no_heaps: Vec<u32> = no_heaps.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
     let mut keys = keys(session, oids).await?;
     let version = version(session).await?;
-    let pid = session.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.try_get(0)?;
     for &(table, begun) in wanted {
         let key = keys.remove(&table.oid);
         let division = match begun {
@@ -264,7 +264,7 @@ struct Sample {
 
 /// Asks for a [`Sample`] of shares that are no larger than units; of a power of two, so that all stay of one size when they are made fewer.
 fn sample_sql(table: &Table, key: &Key, splitting: Splitting) -> String {
-    let shares = plan::parts(table.bytes, splitting.above).next_power_of_two().min(MOST_SHARES);
+    let shares = plan::parts(table.bytes, splitting.above).next_power_of_two().min(plan::MOST_PARTS);
     let blocks = (shares * BLOCKS_A_SHARE).min(MOST_BLOCKS) * splitting.block_size;
     // Of numbers above 2^53 the quotient is good enough, too.
     #[expect(clippy::cast_precision_loss)]
@@ -276,9 +276,9 @@ fn sample_sql(table: &Table, key: &Key, splitting: Splitting) -> String {
              FROM ONLY {} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (0)),
          begins AS (SELECT DISTINCT ON (share) share, sample.key::text AS first FROM sample ORDER BY share, sample.key),
          blocks AS (SELECT DISTINCT block, share FROM sample),
-         held AS (SELECT k, count(*) AS held
-                  FROM (SELECT DISTINCT k, block, share >> k FROM blocks, pg_catalog.generate_series(0, {}) k) AS each
-                  GROUP BY k),
+         steps AS (SELECT share, pg_catalog.lag(share) OVER (PARTITION BY block ORDER BY share) AS before FROM blocks),
+         held AS (SELECT k, count(*) FILTER (WHERE (before >> k = share >> k) IS NOT TRUE) AS held
+                  FROM steps, pg_catalog.generate_series(0, {}) k GROUP BY k),
          total AS (SELECT count(DISTINCT block)::float8 AS blocks FROM blocks)
          SELECT COALESCE((SELECT pg_catalog.array_agg(first ORDER BY share) FROM begins), '{{}}'),
                 COALESCE((SELECT pg_catalog.array_agg(held / blocks ORDER BY k) FROM held, total), '{{}}'),

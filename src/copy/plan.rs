@@ -115,7 +115,7 @@ pub struct Splitting {
 const UNIT: u64 = 32 << 20;
 
 /// A table is never divided into many more units than this.
-const MOST_PARTS: u64 = 4096;
+pub(super) const MOST_PARTS: u64 = 4096;
 
 /// A smaller table may go over together with others, in bytes of heap and TOAST.
 pub(super) const SMALL: u64 = 256 << 10;
@@ -252,7 +252,7 @@ fn missing(table: &Table, division: &Division, there: &[FinishedUnit], splitting
     let places = division.places(table.heap_bytes / splitting.block_size.max(1));
     let step = match division {
         Division::Blocks => places.div_ceil(parts(table.bytes, splitting.above).max(1)),
-        // A share was made as large as a unit.
+        // Each share is a unit.
         Division::Key(_) => 1,
     };
     let step = step.max(1);

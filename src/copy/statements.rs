@@ -239,14 +239,11 @@ pub(super) fn fetch_touched(count: usize) -> String {
     format!("FETCH {count} FROM touched")
 }
 
-/// A range of a key is looked up, however large the planner takes it for, and whatever the role is set to: to read all of the table for each
-/// would take much longer.
-pub(super) const BY_KEY: &str =
-    "SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = on; SET LOCAL enable_bitmapscan = on";
-
-/// The planner looks each key up, whatever it thinks: keys are few beside the rows.
-pub(super) const LOOK_UP: &str =
-    "SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
+/// The planner looks keys up, and ranges of them, whatever it thinks and the role is set to: to read all of the table each time would take much
+/// longer.
+pub(super) const LOOK_UP: &str = "
+    SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+    SET LOCAL enable_indexscan = on; SET LOCAL enable_bitmapscan = on; SET LOCAL enable_nestloop = on";
 
 /// Reads the rows of these keys, as far as they stand in one of these ranges.
 pub(super) fn read_touched(

@@ -101,7 +101,7 @@ impl Survey {
         let of_this_shape = |table: &Table, begun: &&Begun| shapes.get(&table.oid) == Some(&begun.shape);
         let wanted =
             wanted.iter().map(|table| (*table, begun.get(&table.name).filter(|begun| of_this_shape(table, begun))));
-        let mut divisions = division::find(context, &session, splitting, &wanted.collect::<Vec<_>>()).await?;
+        let mut divisions = division::find(context, (&session, pid), splitting, &wanted.collect::<Vec<_>>()).await?;
         let mut alike = tables_by_form(&session).await?;
         alike.retain(|name, form| there.get(name) == Some(form));
         session.batch_execute("COMMIT").await?;

@@ -142,7 +142,7 @@ impl Worker {
         };
         lock(&mut self.source, source, table.table(), telemetry).await?;
         if let Division::Key(_) = division {
-            self.source.query(statements::BY_KEY).await?;
+            self.source.query(statements::LOOK_UP).await?;
         }
         self.target.query("BEGIN").await?;
         let moved = self.forward(job, &[table], &[pass(table, Some((division, range)), false)]).await?;

@@ -1,12 +1,12 @@
-//! What a dead process of ours left running on a server.
+//! What a dead process of ours, or an earlier try of this one, left running on a server.
 
 use std::time::{Duration, Instant};
 
 use crate::error::{Class, Doing, Error, Result};
 use crate::postgres::Session;
 
-/// A backend that was told to end does so between two rows; one that builds an index, between two of its checks. Nobody hears a stop
-/// meanwhile.
+/// A backend that was told to end does so between two rows; one that builds an index, between two of its checks. Whoever
+/// called comes again.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Ends all other sessions of this application name, and waits until they are gone: a server notices a dead client only when it
@@ -19,15 +19,15 @@ pub async fn end(session: &Session, application_name: &str) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let mut told = false;
     loop {
-        let left = session.end_others(application_name).await.doing(|| "ending what an earlier start left running")?;
+        let left = session.end_others(application_name).await.doing(|| "ending sessions of an earlier try")?;
         if left == 0 {
             return Ok(());
         }
         if !std::mem::replace(&mut told, true) {
-            tracing::info!(sessions = left, name = application_name, "ending what an earlier start left running");
+            tracing::info!(sessions = left, name = application_name, "ending sessions of an earlier try");
         }
         if Instant::now() > deadline {
-            let message = format!("{left} sessions of an earlier start ({application_name}) do not end");
+            let message = format!("{left} sessions of an earlier try ({application_name}) do not end");
             return Err(Error::new(Class::Retry, "leftover_backends", message)
                 .hint("look in pg_stat_activity for sessions of this application name, and what they wait for"));
         }

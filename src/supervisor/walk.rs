@@ -90,10 +90,16 @@ impl<'a> Walk<'a> {
     pub(super) async fn schema(&mut self) -> Result<Option<End>> {
         let s = self.supervisor;
         s.telemetry.phase(Phase::Schema);
-        let kit = self.kit().await?;
-        let restorer = self.restorer(&kit);
-        if !restorer.is_restored().await? {
-            restorer.before_data(s.config.copy.workers).await?;
+        let restored = async {
+            let kit = self.kit().await?;
+            let restorer = self.restorer(&kit);
+            if !restorer.is_restored().await? {
+                restorer.before_data(s.config.copy.workers).await?;
+            }
+            Ok(())
+        };
+        if s.unless_stopped(restored).await?.is_none() {
+            return Ok(Some(End::Stopped));
         }
         s.enter_phase(Phase::Copy).await?;
         Ok(None)

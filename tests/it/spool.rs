@@ -316,7 +316,10 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        Self::succeeds(Command::new("umount").arg("--lazy").arg(&self.0));
+        let gone = Command::new("umount").arg("--lazy").arg(&self.0).status();
+        if !gone.as_ref().is_ok_and(std::process::ExitStatus::success) {
+            eprintln!("{} stays mounted: {gone:?}", self.0.display());
+        }
     }
 }
 

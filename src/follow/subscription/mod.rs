@@ -55,7 +55,7 @@ use super::{Follow, watching};
 use crate::config::{Config, MoveName};
 use crate::error::{Class, Error, Result};
 use crate::postgres::replication::Walsender;
-use crate::postgres::{Lsn, Server, Session};
+use crate::postgres::{Lsn, Server, Session, leftovers};
 use crate::state::Store;
 
 /// How often the slot is looked at, and how often while a marker is on its way.
@@ -115,9 +115,7 @@ impl Follow<'_> {
                 let slot = Slot::new(self.source, &self.config.name);
                 // Here progress is all that anybody knows: what the slot has given up behind it is lost.
                 slot.check(progress).await?;
-                while session.end_others(&self.target.application_name("apply")).await? > 0 {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
+                leftovers::end(session, &self.target.application_name("apply")).await?;
                 slot_free(self.source, &self.config.name).await?;
                 subscription.create(session, &connection, self.epoch).await?;
                 tracing::info!(subscription = subscription.name(), "made on the target; its worker takes over");

@@ -103,6 +103,26 @@ async fn a_source_that_cannot_read_ranges_of_blocks_reads_ranges_of_keys() {
 }
 
 #[tokio::test]
+async fn a_key_in_an_order_that_a_library_decides_is_not_divided() {
+    let clusters =
+        tokio::join!(Cluster::builder(13).locale("C.UTF-8").start(), Cluster::start(versions_under_test().1));
+    let schema = "create table by_default (k text primary key, v text);
+        create table by_choice (k text collate \"C\" primary key, v text);";
+    let moved = Move::configured(clusters, schema, IN_UNITS).await;
+    for table in ["by_default", "by_choice"] {
+        let rows = format!(
+            "insert into {table} select lpad(i::text, 6, '0'), repeat(md5(i::text), 8) from generate_series(1, 12000) i"
+        );
+        moved.source.execute(&rows).await;
+    }
+    assert_eq!(moved.copy().await, Outcome::Complete);
+    assert_same(&moved.source, &moved.target).await;
+    let transactions = transactions(&moved).await;
+    assert_eq!(transactions["by_default"], 1);
+    assert!(transactions["by_choice"] >= 4, "{transactions:?}");
+}
+
+#[tokio::test]
 async fn what_changes_between_two_starts_is_brought_into_ranges_of_keys() {
     let by_number = CHANGING.replace("primary key (a, b)", "primary key (b, a)");
     changes_are_brought_into_units(from_13().await, &by_number).await;
