@@ -14,6 +14,7 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::processors::{Busy, Processors};
 use crate::error::{Doing, Error, Result};
 use crate::postgres::wire::Wire;
 use crate::postgres::{QualifiedName, Server, Session, leftovers};
@@ -26,7 +27,7 @@ const SESSIONS: &str = "index";
 const WORTH_A_TURN: u64 = 8 << 20;
 
 /// `$1`: how many indexes are built at the same time. Never less than what the server has set: an index that is sorted in memory is
-/// built fastest, and shared buffers tell how large the server is.
+/// built fastest, and shared buffers tell how large the server is. They come back in bytes.
 const ROOM: &str = "
     SELECT pg_catalog.set_config('maintenance_work_mem', GREATEST(
                (SELECT setting::int8 FROM pg_catalog.pg_settings WHERE name = 'maintenance_work_mem'),
@@ -35,7 +36,8 @@ const ROOM: &str = "
            pg_catalog.set_config('max_parallel_maintenance_workers', GREATEST(
                pg_catalog.current_setting('max_parallel_maintenance_workers')::int8,
                LEAST(pg_catalog.current_setting('max_parallel_workers')::int8 / $1::int8, 4))::text, false),
-           pg_catalog.set_config('synchronous_commit', 'off', false)";
+           pg_catalog.set_config('synchronous_commit', 'off', false),
+           (SELECT setting::int8 * 8192 FROM pg_catalog.pg_settings WHERE name = 'shared_buffers')";
 
 /// Completes tables, some at a time. Dropped, it stops.
 pub struct Finish {
@@ -49,6 +51,7 @@ struct Shared {
     workers: usize,
     /// One of these for each index in work.
     turns: Semaphore,
+    processors: Processors,
     idle: Mutex<Vec<Session>>,
     analyzed: Mutex<HashSet<QualifiedName>>,
     put_off: AtomicBool,
@@ -62,6 +65,7 @@ impl Finish {
             target: target.clone(),
             workers: workers.get(),
             turns: Semaphore::new(workers.get()),
+            processors: Processors::default(),
             idle: Mutex::default(),
             analyzed: Mutex::default(),
             put_off: AtomicBool::new(false),
@@ -79,6 +83,11 @@ impl Finish {
             leftovers::end(&session, &target.application_name(sessions)).await?;
         }
         Ok(())
+    }
+
+    /// Until what is returned is dropped, a worker fills tables of the target.
+    pub(super) fn beside_a_copy(&self) -> Busy {
+        self.shared.processors.one()
     }
 
     /// The rows of the table are in. Returns at once. A second call for the same table does nothing.
@@ -219,7 +228,15 @@ fn at_once(tables: &[(&QualifiedName, Missing)]) -> String {
 async fn build(shared: Arc<Shared>, index: Index) -> Option<Index> {
     let Some(create) = &index.create else { return Some(index) };
     let began = Instant::now();
-    let built = shared.in_turn(async |session| Ok(session.batch_execute(create).await?)).await;
+    let built = shared
+        .in_turn(async |session| {
+            let (_busy, workers) = shared.processors.one_with_workers();
+            if let Some(workers) = workers {
+                session.batch_execute(&format!("SET max_parallel_maintenance_workers = {workers}")).await?;
+            }
+            Ok(session.batch_execute(create).await?)
+        })
+        .await;
     match built {
         Ok(()) => {
             let seconds = (began.elapsed().as_secs_f64() * 10.0).round() / 10.0;
@@ -258,7 +275,8 @@ impl Shared {
             None => {
                 let session = self.target.connect(SESSIONS).await?;
                 let workers = i64::try_from(self.workers).unwrap_or(1);
-                session.query(ROOM, &[&workers]).await.doing(|| "preparing to build indexes")?;
+                let room = session.query_one(ROOM, &[&workers]).await.doing(|| "preparing to build indexes")?;
+                self.processors.guess(u64::try_from(room.try_get::<_, i64>(3)?).unwrap_or(0));
                 session
             }
         };

@@ -40,6 +40,7 @@ pub mod division;
 mod finish;
 mod gone;
 pub mod plan;
+mod processors;
 pub mod publication;
 pub mod pump;
 mod resume;

@@ -71,6 +71,7 @@ impl Worker {
 
     /// Works until nothing is left of what is late or is not.
     pub(super) async fn work(mut self, job: Arc<Job>, late: bool) -> Result<Self> {
+        let _busy = job.context.finish.beside_a_copy();
         while let Some(unit) = job.next(late) {
             match &unit.content {
                 Content::Part(table, range) => {
