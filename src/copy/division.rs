@@ -171,11 +171,14 @@ pub(super) async fn find(
     if wanted.is_empty() {
         return Ok(divisions);
     }
+    let version = version(session).await?;
     let oids: Vec<u32> = wanted.iter().map(|(table, _)| table.oid).collect();
     let no_heaps = session.query(NO_HEAPS, &[&oids]).await.doing(|| "looking how tables are stored")?;
     let no_heaps: Vec<u32> = no_heaps.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-    let mut keys = keys(session, oids).await?;
-    let version = version(session).await?;
+    let is_plain = |table: &Table| version >= 140_000 && !no_heaps.contains(&table.oid);
+    // Most sources have plain tables only, and are asked nothing more.
+    let others = wanted.iter().filter(|(table, _)| !is_plain(table)).map(|(table, _)| table.oid);
+    let mut keys = keys(session, others.collect()).await?;
     for &(table, begun) in wanted {
         let key = keys.remove(&table.oid);
         let division = match begun {
@@ -183,7 +186,7 @@ pub(super) async fn find(
             Some(Begun { bounds: Some(bounds), .. }) => key.map(|key| by_key(key, bounds.clone())),
             // What is there of it is of another shape, and it is small by now.
             None if table.bytes <= splitting.above => None,
-            None if version >= 140_000 && !no_heaps.contains(&table.oid) => Some(Division::Blocks),
+            None if is_plain(table) => Some(Division::Blocks),
             None => {
                 let what = format!("looking how {} can be read", table.name.plain());
                 context.telemetry.activity(&what);
@@ -245,6 +248,9 @@ async fn reads_ranges_of_blocks(session: &Session, table: &Table) -> Result<bool
 }
 
 async fn keys(session: &Session, oids: Vec<u32>) -> Result<HashMap<u32, Key>> {
+    if oids.is_empty() {
+        return Ok(HashMap::new());
+    }
     let rows = session.query(KEYS, &[&oids]).await.doing(|| "looking for keys that tell ranges of rows")?;
     let one =
         |row: &tokio_postgres::Row| Ok((row.try_get(0)?, Key { column: row.try_get(1)?, type_name: row.try_get(2)? }));

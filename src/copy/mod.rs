@@ -10,7 +10,8 @@
 //!
 //! *A table that is copied in parts* passes through three durable steps:
 //!
-//! 1. One transaction records it as `copying`, with its shape and what its ranges are of ([`division`]), and empties it. No unit begins before that is committed.
+//! 1. One transaction records it as `copying`, with its shape and what its ranges are of ([`division`]), and empties it. No unit begins
+//!    before that is committed.
 //! 2. Each unit commits its rows together with its record: which range of the table, as of which cut.
 //! 3. Once the last unit is committed, one transaction records the table as `copied` under the cut that all of them have.
 //!

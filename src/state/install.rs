@@ -92,7 +92,6 @@ DO $$ BEGIN
 END $$;
 
 -- from_block and to_block are blocks of the heap, or shares of the key where the table has bounds: share 0 ends where bounds[1] begins.
-
 CREATE TABLE IF NOT EXISTS pgtandem.copy_unit (
     move        text NOT NULL,
     schema_name text NOT NULL,

@@ -125,6 +125,31 @@ impl Stage {
             .await;
     }
 
+    /// A daemon whose copy waits for the gate, and whose spool has no more room for what changed, which its log says like this.
+    async fn has_no_room(&self, said: &str) -> Running {
+        let mut daemon = self.held_in_the_copy().await;
+        self.change().await;
+        self.all_is_confirmed().await;
+        self.from.execute("insert into t select i, repeat('y', 500) from generate_series(1000000, 1005000) i").await;
+        daemon.wait_for_log(said, PATIENCE).await;
+        wait_until("nothing is received", PATIENCE, async || !self.is_received().await).await;
+        self.change().await;
+        daemon
+    }
+
+    /// It dies, and finds no more room than before.
+    async fn dies_without_room(&self, daemon: Running, said: &str) -> Running {
+        daemon.kill();
+        let mut daemon = self.held_in_the_copy().await;
+        daemon.wait_for_log(said, PATIENCE).await;
+        daemon
+    }
+
+    async fn is_received(&self) -> bool {
+        let active = "select active from pg_replication_slots where slot_name = 'pgtandem_app'";
+        self.from.query_string(active).await == "t"
+    }
+
     async fn head(&self) -> String {
         self.from.query_string("select pg_current_wal_insert_lsn()").await
     }
@@ -278,19 +303,11 @@ async fn changes_are_kept_while_an_archive_is_restored() {
 async fn what_does_not_fit_stays_on_the_source() {
     let mut stage = Stage::new((14, 15)).await;
     stage.pgtandem = stage.pgtandem.clone().env("PGTANDEM_FOLLOW_SPOOL_MAX_BYTES", "1MiB");
-    let mut daemon = stage.held_in_the_copy().await;
-    stage.change().await;
-    stage.all_is_confirmed().await;
-    stage.from.execute("insert into t select i, repeat('y', 500) from generate_series(1000000, 1005000) i").await;
-    daemon.wait_for_log("as much as follow.spool_max_bytes allows", PATIENCE).await;
-    let active = "select active from pg_replication_slots where slot_name = 'pgtandem_app'";
-    wait_until("nothing is received", PATIENCE, async || stage.from.query_string(active).await == "f").await;
-    stage.change().await;
+    let said = "as much as follow.spool_max_bytes allows";
+    let daemon = stage.has_no_room(said).await;
     let on_disk: u64 = fs::read_dir(stage.spool()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
     assert!(on_disk < (1 << 20) + 4096, "{on_disk}");
-    daemon.kill();
-    let mut daemon = stage.held_in_the_copy().await;
-    daemon.wait_for_log("as much as follow.spool_max_bytes allows", PATIENCE).await;
+    let daemon = stage.dies_without_room(daemon, said).await;
     stage.let_the_copy_go_on().await;
     stage.ends(daemon).await;
 }
@@ -329,20 +346,11 @@ impl Drop for Disk {
 async fn a_full_disk_leaves_the_rest_on_the_source() {
     let stage = Stage::new((14, 15)).await;
     let disk = Disk::mount(stage.folder.path().join("spool"));
-    let mut daemon = stage.held_in_the_copy().await;
-    stage.change().await;
-    stage.all_is_confirmed().await;
-    stage.from.execute("insert into t select i, repeat('y', 500) from generate_series(1000000, 1005000) i").await;
-    daemon.wait_for_log("No space left on device", PATIENCE).await;
-    let active = "select active from pg_replication_slots where slot_name = 'pgtandem_app'";
-    wait_until("nothing is received", PATIENCE, async || stage.from.query_string(active).await == "f").await;
-    stage.change().await;
-    // A death on a full disk.
-    daemon.kill();
-    let mut daemon = stage.held_in_the_copy().await;
-    daemon.wait_for_log("No space left on device", PATIENCE).await;
+    let said = "No space left on device";
+    let daemon = stage.has_no_room(said).await;
+    let daemon = stage.dies_without_room(daemon, said).await;
     disk.gets_room();
-    wait_until("the spool goes on", 3 * PATIENCE, async || stage.from.query_string(active).await == "t").await;
+    wait_until("the spool goes on", 3 * PATIENCE, async || stage.is_received().await).await;
     stage.all_is_confirmed().await;
     stage.let_the_copy_go_on().await;
     stage.ends(daemon).await;

@@ -72,6 +72,12 @@ async fn by_keys(moved: &Move) -> Vec<String> {
     moved.target.query_strings("select table_name from pgtandem.copy_table where bounds is not null order by 1").await
 }
 
+/// Fills a table of a key and a text with about 4 MB, in the order of its key.
+async fn fill(moved: &Move, table: &str, key: &str) {
+    let rows = format!("insert into {table} select {key}, repeat(md5(i::text), 8) from generate_series(1, 12000) i");
+    moved.source.execute(&rows).await;
+}
+
 const IN_UNITS: &[(&str, &str)] = &[("split_above", "1000000"), ("workers", "3")];
 
 async fn from_13() -> (Cluster, Cluster) {
@@ -110,10 +116,7 @@ async fn a_key_in_an_order_that_a_library_decides_is_not_divided() {
         create table by_choice (k text collate \"C\" primary key, v text);";
     let moved = Move::configured(clusters, schema, IN_UNITS).await;
     for table in ["by_default", "by_choice"] {
-        let rows = format!(
-            "insert into {table} select lpad(i::text, 6, '0'), repeat(md5(i::text), 8) from generate_series(1, 12000) i"
-        );
-        moved.source.execute(&rows).await;
+        fill(&moved, table, "lpad(i::text, 6, '0')").await;
     }
     assert_eq!(moved.copy().await, Outcome::Complete);
     assert_same(&moved.source, &moved.target).await;
@@ -144,10 +147,9 @@ async fn a_table_that_is_no_heap_is_read_as_the_planner_would() {
 }
 
 async fn read_as_planned(moved: &Move, tid_ranges: bool) {
-    let rows = ["keyed", "unkeyed", "heap"].map(|table| {
-        format!("insert into {table} select i, repeat(md5(i::text), 8) from generate_series(1, 12000) i;")
-    });
-    moved.source.execute(&rows.concat()).await;
+    for table in ["keyed", "unkeyed", "heap"] {
+        fill(moved, table, "i").await;
+    }
 
     assert_eq!(moved.copy().await, Outcome::Complete);
 
@@ -168,8 +170,7 @@ async fn no_range_of_a_key_is_looked_for_in_the_whole_table() {
         alter table told set (autovacuum_enabled = off);";
     let moved = Move::configured(from_13().await, schema, IN_UNITS).await;
     for table in ["unknown", "told"] {
-        let rows = format!("insert into {table} select i, repeat(md5(i::text), 8) from generate_series(1, 12000) i");
-        moved.source.execute(&rows).await;
+        fill(&moved, table, "i").await;
     }
     let settings = format!(
         "analyze told; alter database {name} set random_page_cost = 1000; alter database {name} set enable_indexscan = off;
